@@ -1,0 +1,199 @@
+"""``load_cfg``: one frozen configuration from defaults, declared keys, a method's defaults, yaml files and overrides.
+
+Order of merging, later wins: detectron2's and vis' shared defaults < the keys each part declares < ``DEFAULTS`` of the
+meta-architecture < ``_BASE_`` files (in the order given) < the yaml < the command line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from ast import literal_eval
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from vis.config import CfgNode, closest, get_cfg
+from vis.config.compat import translate
+
+logger = logging.getLogger(__name__)
+
+BASE_KEY = "_BASE_"
+# Packages whose import declares the keys of their parts.
+_PARTS = ("vis.data", "vis.modeling", "vis.solver", "vis.evaluation", "vis.checkpoint", "vis.visualization")
+
+Tree = dict[str, Any]
+
+
+def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Read ``config_file`` with its bases, apply ``opts`` (``KEY VALUE KEY VALUE ...``) and return a frozen tree.
+
+    Raises:
+        FileNotFoundError: the file or one of its bases does not exist.
+        ValueError: a file is not plain yaml, a key is unknown (the message names the closest one), a value has the
+            wrong type, ``opts`` is not pairs, or bases form a circle.
+    """
+    tree = read_yaml_tree(config_file)
+    for module in _PARTS:
+        importlib.import_module(module)
+    tree, messages = translate(tree)
+    overrides, more = translate(_tree_of_opts(opts))
+    for message in dict.fromkeys([*messages, *more]):
+        logger.info("%s: %s", config_file, message)
+    _import_parts(overrides.get("IMPORTS", tree.get("IMPORTS", [])), Path(config_file).parent)
+
+    cfg = get_cfg()
+    name = overrides.get("MODEL", {}).get("META_ARCHITECTURE") or tree.get("MODEL", {}).get("META_ARCHITECTURE")
+    _merge(cfg, _method_defaults(name or cfg.MODEL.META_ARCHITECTURE), f"DEFAULTS of {name}")
+    _merge(cfg, tree, str(config_file))
+    _merge(cfg, overrides, "the command line")
+    _follow_data_sets(cfg, explicit=_has_num_classes(tree) or _has_num_classes(overrides))
+    cfg.freeze()
+    return cfg
+
+
+def read_yaml_tree(path: str | os.PathLike[str], _chain: tuple[Path, ...] = ()) -> Tree:
+    """The nested dict of a yaml file merged over its ``_BASE_`` files (a name or a list of names, relative to the file)."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        via = f" (named as {BASE_KEY} in {_chain[-1]})" if _chain else ""
+        raise FileNotFoundError(f"config file {str(path)!r} does not exist{via}; configs/ holds the ones of this project")
+    file = file.resolve()
+    if file in _chain:
+        raise ValueError(f"{BASE_KEY} goes in a circle: {' -> '.join(str(f) for f in (*_chain, file))}")
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as plain yaml (python tags are refused): {error}") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file} holds a {type(tree).__name__}, expected a tree of KEY: value")
+    bases = tree.pop(BASE_KEY, [])
+    merged: Tree = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        base_path = Path(os.path.expanduser(base))
+        _update(merged, read_yaml_tree(file.parent / base_path, (*_chain, file)))
+    _update(merged, tree)
+    return merged
+
+
+def _update(into: Tree, tree: Mapping[str, Any]) -> None:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _update(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _tree_of_opts(opts: Sequence[str]) -> Tree:
+    if len(opts) % 2:
+        raise ValueError(f"overrides must be pairs KEY VALUE KEY VALUE ..., got an odd number: {' '.join(map(str, opts))}")
+    tree: Tree = {}
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        if str(key).startswith("-"):
+            raise ValueError(f"{key!r} stands where a config KEY is expected: give options (--...) before the KEY VALUE pairs")
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = _decode(value)
+    return tree
+
+
+def _decode(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _import_parts(modules: Any, folder: Path) -> None:
+    for name in modules:
+        if not isinstance(name, str):
+            raise ValueError(f"IMPORTS must be a list of module names or .py files, found {name!r}")
+        if not name.endswith(".py"):
+            importlib.import_module(name)
+            continue
+        file = (folder / name).resolve()
+        if not file.is_file():
+            raise FileNotFoundError(f"IMPORTS names {name!r}, but {file} does not exist")
+        spec = importlib.util.spec_from_file_location(f"vis_imports_{file.stem}", file)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"IMPORTS names {file}, which Python cannot load as a module")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def _method_defaults(name: str) -> Tree:
+    known = [key for key, _ in META_ARCH_REGISTRY]
+    if name not in known:
+        raise ValueError(f"MODEL.META_ARCHITECTURE {name!r} is not known.{closest(name, known)} Known: {sorted(known)}")
+    return getattr(META_ARCH_REGISTRY.get(name), "DEFAULTS", {})
+
+
+def _merge(cfg: CfgNode, tree: Tree, source: str) -> None:
+    leaves = list(_leaves(tree))
+    for path, value in leaves:
+        _check_key(cfg, path, value, source)
+    for path, value in leaves:
+        if isinstance(value, int) and not isinstance(value, bool) and isinstance(_get(cfg, path), float):
+            value = float(value)  # `BASE_LR: 1` is a number like any other to whoever writes yaml
+        try:
+            cfg.merge_from_list([".".join(path), value])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
+
+
+def _check_key(cfg: CfgNode, path: tuple[str, ...], value: Any, source: str) -> None:
+    node: Any = cfg
+    for depth, key in enumerate(path):
+        dotted = ".".join(path[: depth + 1])
+        if not isinstance(node, CfgNode):
+            raise ValueError(f"{source}: {'.'.join(path[:depth])} is a value, not a group of keys, so {dotted} cannot be set")
+        if key not in node:
+            raise ValueError(f"{source}: unknown config key {dotted}.{closest(key, node)}")
+        node = node[key]
+    if isinstance(node, CfgNode) and value is not None:
+        raise ValueError(f"{source}: {'.'.join(path)} is a group of keys, it cannot be set to {value!r}")
+
+
+def _get(cfg: CfgNode, path: tuple[str, ...]) -> Any:
+    node: Any = cfg
+    for key in path:
+        node = node[key]
+    return node
+
+
+def _has_num_classes(tree: Tree) -> bool:
+    return bool(tree.get("MODEL", {}).get("SEM_SEG_HEAD", {}).get("NUM_CLASSES"))
+
+
+def _follow_data_sets(cfg: CfgNode, explicit: bool) -> None:
+    """Register the data sets that the yaml describes, and take the number of classes from the data where it is free."""
+    from vis.data.custom import num_classes_of, register_custom
+
+    custom = {entry["NAME"] for entry in cfg.DATASETS.CUSTOM if isinstance(entry, Mapping) and "NAME" in entry}
+    register_custom(cfg)
+    head = cfg.MODEL.SEM_SEG_HEAD
+    names = [*cfg.DATASETS.TRAIN[-1:], *cfg.DATASETS.TEST[:1]]
+    if not names or (explicit and names[0] not in custom):
+        return
+    found = num_classes_of(names[0])
+    if explicit and head.NUM_CLASSES != found:
+        logger.warning("NUM_CLASSES %d is replaced by %d: %s has %d", head.NUM_CLASSES, found, names[0], found)
+    head.NUM_CLASSES = found

@@ -1,0 +1,1 @@
+"""Building blocks without configuration: attention, the deformable-attention op, position encodings, point sampling."""
