@@ -1,0 +1,188 @@
+"""Names and keys of released yaml files: what they mean here.
+
+:func:`translate` is applied to the nested dict of a yaml file (and to the command line) before keys are checked. It
+
+* replaces released class names by ours (:data:`VALUE_ALIASES`),
+* takes out keys that have nothing to steer here and says why (:data:`UNUSED_KEYS`); a value that asks for behaviour
+  that does not exist here is an error, never ignored,
+* fills in defaults of the release that its yaml files rely on without naming them (:data:`RELEASED_DEFAULTS`).
+
+Names of data sets are not its business: their aliases are registered beside the data sets in ``vis.data``.
+
+Covered: Mask2Former (instance segmentation of COCO images) and MinVIS. Another release is one more row in each table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Tree = dict[str, Any]
+
+#: Dotted key -> {released value: our value}.
+VALUE_ALIASES: dict[str, dict[str, str]] = {
+    "MODEL.META_ARCHITECTURE": {
+        "VideoMaskFormer_frame": "MinVIS",
+        # The image model is the same network: a video model that sees clips of one frame.
+        "MaskFormer": "MinVIS",
+    },
+    "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": {
+        "VideoMultiScaleMaskedTransformerDecoder_frame": "MultiScaleMaskedTransformerDecoder",
+        "VideoMultiScaleMaskedTransformerDecoder_minvis": "MultiScaleMaskedTransformerDecoder",
+    },
+}
+
+#: Released ``META_ARCHITECTURE`` -> {dotted key: value} that its own code supplied where the yaml is silent.
+RELEASED_DEFAULTS: dict[str, dict[str, Any]] = {
+    "VideoMaskFormer_frame": {
+        "INPUT.SAMPLING_FRAME_RANGE": 20,
+        "INPUT.SAMPLING_FRAME_SHUFFLE": False,
+        "INPUT.SAMPLING_FRAME_RATIO": 1.0,
+        "MODEL.MASK_FORMER.TEST.WINDOW_INFERENCE": False,
+        # Constants in the released code: 30 frames a window, the ten best results of a video.
+        "MODEL.MASK_FORMER.TEST.WINDOW_SIZE": 30,
+        "MODEL.MASK_FORMER.TEST.MAX_NUM": 10,
+    },
+    "MaskFormer": {
+        "INPUT.SAMPLING_FRAME_NUM": 1,
+        # The image model reports TEST.DETECTIONS_PER_IMAGE results, 100 where nothing else is said.
+        "MODEL.MASK_FORMER.TEST.MAX_NUM": 100,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A released key that steers nothing here.
+
+    Attributes:
+        reason: why, in words for a user.
+        allowed: the values that ask for what happens here anyway; None where no value has an effect.
+    """
+
+    reason: str
+    allowed: tuple[Any, ...] | None = None
+
+
+_OTHER_TASKS = "belongs to semantic and panoptic segmentation of images; results here are instances in video"
+_STEM = "belongs to DeepLab's ResNet; the ResNet here is detectron2's, whose stem and last stage are these"
+_IMAGE_MAPPERS = "was read by the mappers of semantic segmentation only"
+_HEAD = "was read by no released video model"
+_ENCODER = "steers the transformer of the first MaskFormer; here the encoder is in the pixel decoder"
+
+#: Dotted key -> why it is accepted without effect.
+UNUSED_KEYS: dict[str, Unused] = {
+    "MODEL.RESNETS.STEM_TYPE": Unused(_STEM, ("basic",)),
+    "MODEL.RESNETS.RES5_MULTI_GRID": Unused(_STEM, ([1, 1, 1],)),
+    "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": Unused(_HEAD),
+    "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": Unused(_HEAD),
+    "MODEL.MASK_FORMER.ENC_LAYERS": Unused(_ENCODER, (0,)),
+    "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": Unused(_ENCODER, ("multi_scale_pixel_decoder",)),
+    "MODEL.MASK_FORMER.TEST.SEMANTIC_ON": Unused(_OTHER_TASKS, (False,)),
+    "MODEL.MASK_FORMER.TEST.INSTANCE_ON": Unused(_OTHER_TASKS, (True,)),
+    "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": Unused(_OTHER_TASKS, (False,)),
+    "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD": Unused(_OTHER_TASKS),
+    "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": Unused(_OTHER_TASKS),
+    "MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": Unused(_OTHER_TASKS),
+    "INPUT.COLOR_AUG_SSD": Unused(_IMAGE_MAPPERS, (False,)),
+    "INPUT.SIZE_DIVISIBILITY": Unused(_IMAGE_MAPPERS),
+    "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": Unused(_IMAGE_MAPPERS),
+}
+
+
+def translate(tree: Mapping[str, Any]) -> tuple[Tree, list[str]]:
+    """Give a released (or our own) yaml tree the names of this project.
+
+    Args:
+        tree: nested dict of upper-case keys, as read from yaml and merged over its bases. It is not changed.
+
+    Returns:
+        A new tree, and lines for the log, one per kind of change; a tree in our own names comes back equal, without lines.
+
+    Raises:
+        ValueError: a released key has a value that asks for something that does not exist here.
+    """
+    result = _copy(tree)
+    return result, [*_rename_values(result), *_drop_unused(result)]
+
+
+def _rename_values(tree: Tree) -> list[str]:
+    messages = []
+    for key, aliases in VALUE_ALIASES.items():
+        released = _get(tree, key)
+        if not isinstance(released, str) or released not in aliases:
+            continue
+        _set(tree, key, aliases[released])
+        messages.append(f"{key}: the released name {released!r} is {aliases[released]!r} here")
+        if key == "MODEL.META_ARCHITECTURE":
+            messages += _fill_defaults(tree, released)
+    return messages
+
+
+def _fill_defaults(tree: Tree, released: str) -> list[str]:
+    missing = {key: value for key, value in RELEASED_DEFAULTS.get(released, {}).items() if _get(tree, key) is None}
+    for key, value in missing.items():
+        _set(tree, key, value)
+    filled = ", ".join(f"{key} {value}" for key, value in missing.items())
+    return [f"defaults of the release that the yaml does not name: {filled}"] if missing else []
+
+
+def _drop_unused(tree: Tree) -> list[str]:
+    dropped: dict[str, list[str]] = {}
+    for key, unused in UNUSED_KEYS.items():
+        value = _get(tree, key)
+        if value is None:
+            continue
+        if unused.allowed is not None and _plain(value) not in [_plain(item) for item in unused.allowed]:
+            expected = " or ".join(repr(item) for item in unused.allowed)
+            raise ValueError(
+                f"{key} is {value!r}, but only {expected} can be had here: the key {unused.reason}. "
+                "Remove the key or set it so."
+            )
+        _remove(tree, key)
+        dropped.setdefault(unused.reason, []).append(key)
+    return [f"accepted and not used: {', '.join(keys)} ({reason})" for reason, keys in dropped.items()]
+
+
+def _plain(value: Any) -> Any:
+    """Sequences as tuples, truth values apart from numbers: ``[1]`` equals ``(1,)``, ``True`` does not equal ``1``."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_plain(item) for item in value)
+    return (type(value), value) if isinstance(value, bool) else value
+
+
+def _copy(tree: Mapping[str, Any]) -> Tree:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _get(tree: Mapping[str, Any], key: str) -> Any:
+    node: Any = tree
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return None
+        node = node[part]
+    return node
+
+
+def _set(tree: Tree, key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    node = tree
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):  # the check of keys, which comes after this, says what is wrong with the tree
+            return
+        node = child
+    node[leaf] = value
+
+
+def _remove(tree: Tree, key: str) -> None:
+    """Delete ``key`` and the groups that are empty without it."""
+    *parents, leaf = key.split(".")
+    nodes = [tree]
+    for part in parents:
+        nodes.append(nodes[-1][part])
+    del nodes[-1][leaf]
+    for part, parent, child in reversed(list(zip(parents, nodes, nodes[1:], strict=False))):
+        if not child:
+            del parent[part]
