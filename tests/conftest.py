@@ -36,7 +36,7 @@ def shared_dir() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips ``gpu`` tests without a GPU. torch is asked only if such a test was collected: nothing touches CUDA otherwise."""
+    """Skips ``gpu`` tests without a GPU. torch is asked only if such a test was collected."""
     marked = [item for item in items if "gpu" in item.keywords]
     if not marked:
         return
