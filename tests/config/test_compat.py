@@ -216,7 +216,8 @@ def test_released_files_load_unchanged(released: Path, name: str, queries: int, 
 
     cfg = load_cfg(str(released / f"{name}.yaml"))
     assert cfg.MODEL.META_ARCHITECTURE == "MinVIS"
-    assert (cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES, cfg.INPUT.MIN_SIZE_TEST) == (queries, size)
+    found = (cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES, cfg.INPUT.MIN_SIZE_TEST)
+    assert found == (queries, size)
     assert cfg.MODEL.MASK_FORMER.TEST.WINDOW_INFERENCE is True
     assert cfg.MODEL.MASK_FORMER.TEST.WINDOW_SIZE == 30
     assert cfg.SOLVER.IMS_PER_BATCH == 32

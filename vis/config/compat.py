@@ -98,7 +98,7 @@ def translate(tree: Mapping[str, Any]) -> tuple[Tree, list[str]]:
         tree: nested dict of upper-case keys, as read from yaml and merged over its bases. It is not changed.
 
     Returns:
-        A new tree, and lines for the log, one per kind of change; a tree in our own names comes back equal, without lines.
+        A new tree, and lines for the log, one per kind of change. A tree in our own names comes back equal, with none.
 
     Raises:
         ValueError: a released key has a value that asks for something that does not exist here.
