@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vis.visualization.colors import track_color
 from vis.visualization.draw import draw_frame, draw_video
-from vis.visualization.frames import FrameError, FrameSource, natural_key, read_image
+from vis.visualization.frames import FrameError, FrameStream, natural_key, read_image
 from vis.visualization.render import render_video
 from vis.visualization.results import read_results, write_results
 from vis.visualization.sheet import contact_sheet, side_by_side
@@ -20,7 +20,7 @@ from vis.visualization.video_io import VideoWriter, probe_video, read_video
 
 __all__ = [
     "FrameError",
-    "FrameSource",
+    "FrameStream",
     "FrameTrack",
     "VideoTrack",
     "VideoWriter",

@@ -86,7 +86,7 @@ def draw_video(frames: Iterable[np.ndarray], tracks: Sequence[VideoTrack], *, sc
     """Draws the frames of a video as they come, one at a time; masks are decoded for the frame in hand only.
 
     Args:
-        frames: (H, W, 3) uint8 pictures in order, for example a ``FrameSource``.
+        frames: (H, W, 3) uint8 pictures in order, for example a ``FrameStream``.
         tracks: see ``vis.visualization.tracks``; already chosen with ``visible_tracks``.
         scale, boxes: as in ``draw_frame``.
     """

@@ -37,7 +37,7 @@ def read_image(path: str | Path) -> np.ndarray:
         raise FrameError(f"cannot read the picture {path}: {error}") from error
 
 
-class FrameSource:
+class FrameStream:
     """The frames of one video, (H, W, 3) uint8 RGB, decoded while iterating; it can be iterated again.
 
     Args:
@@ -71,7 +71,7 @@ class FrameSource:
             self.height, self.width = read_image(self.files[0]).shape[:2]
 
     @classmethod
-    def of(cls, inputs: Sequence[str], *, fps: float = 10.0) -> FrameSource:
+    def of(cls, inputs: Sequence[str], *, fps: float = 10.0) -> FrameStream:
         """From what a user names: one folder, one video file, a glob pattern, or several picture files.
 
         The pictures of a folder or a pattern are sorted naturally; several files keep the order in which they are named.

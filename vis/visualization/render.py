@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vis.visualization.draw import auto_scale, draw_frame
-from vis.visualization.frames import FrameSource
+from vis.visualization.frames import FrameStream
 from vis.visualization.sheet import contact_sheet, side_by_side, spread
 from vis.visualization.tracks import VideoTrack, tracks_at
 from vis.visualization.video_io import VideoWriter
@@ -54,7 +54,7 @@ class Progress:
 
 
 def render_video(
-    source: FrameSource | Iterable[np.ndarray],
+    source: FrameStream | Iterable[np.ndarray],
     tracks: Sequence[VideoTrack],
     output: str | Path,
     *,
