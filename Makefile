@@ -36,7 +36,7 @@ types: setup
 	@"$(PY)" -m mypy vis
 
 layers: setup
-	@"$(VENV)/bin/lint-imports"
+	@"$(VENV)/bin/lint-imports" --no-logo
 
 duplicates: setup
 	@"$(PY)" tools/check_duplicates.py
