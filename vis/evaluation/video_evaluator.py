@@ -1,0 +1,209 @@
+"""The evaluator of a data set: predictions to disk as they arrive, then AP where the ground truth has annotations."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+from vis.evaluation.results_writer import PartWriter, clear_parts, compose_results, parts_folder
+from vis.evaluation.ytvis_eval import YTVISResult, evaluate_ytvis
+from vis.evaluation.ytvis_io import NoGroundTruth
+from vis.structures import ClipSample, VideoPrediction
+
+logger = logging.getLogger(__name__)
+
+
+class VideoEvaluator(DatasetEvaluator):
+    """detectron2's evaluator interface for video instance segmentation.
+
+    Every finished video goes to ``<output_dir>/parts/rank<r>.jsonl`` at once; ``evaluate`` composes the parts of all
+    processes into ``<output_dir>/results.json``, the file that the servers take. Processes share nothing but that
+    folder, which therefore must be the same for all of them.
+
+    Args:
+        dataset_name: registered name. Its metadata gives the data set's category ids and the json file; neither is
+            read before it is needed.
+        output_dir: folder for the results; those of an earlier evaluation in it are replaced.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str | Path) -> None:
+        self.dataset_name = dataset_name
+        self.output_dir = Path(output_dir)
+        self.result: YTVISResult | None = None
+        self._writer: PartWriter | None = None
+        self._category_ids: dict[int, int] = {}
+
+    def reset(self) -> None:
+        """Start anew: remove the part files of an earlier evaluation.
+
+        Raises:
+            ResultsWriteError: the folder cannot be written.
+        """
+        if self._writer is not None:
+            self._writer.close()
+        self.result = None
+        self._category_ids = _category_ids(self.dataset_name)
+        if comm.is_main_process():
+            clear_parts(self.output_dir)
+        comm.synchronize()
+        self._writer = PartWriter(self.output_dir, comm.get_rank())
+
+    def process(self, inputs: Sequence[ClipSample], outputs: Sequence[VideoPrediction]) -> None:
+        """Write the predictions of one batch of videos to disk.
+
+        Raises:
+            ValueError: a prediction does not fit its video.
+            ResultsWriteError: the disk is full, say; what was written before stays.
+        """
+        if self._writer is None:
+            raise RuntimeError("reset() must be called before process()")
+        if len(inputs) != len(outputs):
+            raise ValueError(f"{len(inputs)} videos went in, {len(outputs)} predictions came out")
+        for sample, prediction in zip(inputs, outputs, strict=True):
+            video_id = int(sample["video_id"])
+            self._writer.append(video_id, self._entries(sample, prediction, video_id))
+
+    def _entries(self, sample: ClipSample, prediction: VideoPrediction, video_id: int) -> list[dict[str, Any]]:
+        if prediction.video_id is not None and int(prediction.video_id) != video_id:
+            raise ValueError(f"video {video_id} went in, a prediction for video {prediction.video_id} came out")
+        expected = (sample["height"], sample["width"], sample["length"])
+        found = (prediction.height, prediction.width, prediction.length)
+        if found != expected:
+            raise ValueError(
+                f"video {video_id}: the prediction is for (height, width, frames) = {found}, the video has {expected}"
+            )
+        entries = []
+        values = zip(
+            prediction.scores.tolist(),
+            prediction.labels.tolist(),
+            prediction.track_ids.tolist(),
+            prediction.masks,
+            strict=True,
+        )
+        for score, label, track_id, masks in values:
+            if not math.isfinite(score):
+                raise ValueError(f"video {video_id}: a score is {score}; the model's outputs are not finite")
+            if label not in self._category_ids:
+                raise ValueError(
+                    f"video {video_id}: the model gives class {label}, {self.dataset_name} has classes 0 to "
+                    f"{len(self._category_ids) - 1}; check NUM_CLASSES and the data set"
+                )
+            if len(masks) != prediction.length:
+                raise ValueError(f"video {video_id}: a track has {len(masks)} masks for {prediction.length} frames")
+            entries.append(
+                {
+                    "video_id": video_id,
+                    "category_id": self._category_ids[label],
+                    "score": score,
+                    "track_id": track_id,
+                    "segmentations": masks,
+                }
+            )
+        return entries
+
+    def evaluate(self) -> OrderedDict[str, dict[str, float]]:
+        """Compose ``results.json`` and measure it.
+
+        Returns:
+            In the main process ``{"segm": {"AP", "AP50", ..., "AP-<class>", ...}}`` in percent, -1 where the ground
+            truth has nothing to measure; empty where it has no annotations, and in the other processes.
+
+        Raises:
+            ResultsWriteError: ``results.json`` cannot be written; the part files stay.
+            GroundTruthError, ResultsError, FileNotFoundError: see ``evaluate_ytvis``; ``results.json`` stays.
+        """
+        if self._writer is None:
+            raise RuntimeError("reset() and process() must be called before evaluate()")
+        self._writer.close()
+        comm.synchronize()
+        if not comm.is_main_process():
+            return OrderedDict()
+        self._check_parts()
+        path, videos, predictions = compose_results(self.output_dir)
+        logger.info("%s: %d predictions for %d videos written to %s", self.dataset_name, predictions, videos, path)
+        try:
+            self.result = evaluate_ytvis(self._ground_truth(), path)
+        except NoGroundTruth:
+            logger.info(
+                "%s: no AP, because its json (%s) has no annotations. To get AP, zip %s (results.json at the root of "
+                "the zip) and submit it to the benchmark's evaluation server, or evaluate on a split with annotations.",
+                self.dataset_name,
+                MetadataCatalog.get(self.dataset_name).get("json_file"),
+                path,
+            )
+            return OrderedDict()
+        logger.info("%s, percent:\n%s", self.dataset_name, self.result.table())
+        return OrderedDict(segm={**self.result.percent(), **self.result.class_percent()})
+
+    def _check_parts(self) -> None:
+        missing = [r for r in range(comm.get_world_size()) if not (self._part(r)).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"the results of the processes {missing} are not in {parts_folder(self.output_dir)}: OUTPUT_DIR must "
+                "be a folder that all machines share. Each machine keeps its own part files there."
+            )
+
+    def _part(self, rank: int) -> Path:
+        return parts_folder(self.output_dir) / f"rank{rank}.jsonl"
+
+    def _ground_truth(self) -> Mapping[str, Any]:
+        """The content of the data set's json; a json of images (COCO) is put in the same form from its records."""
+        json_file = MetadataCatalog.get(self.dataset_name).get("json_file")
+        if json_file is not None:
+            if not Path(json_file).is_file():
+                raise FileNotFoundError(
+                    f"{json_file}, the ground truth of {self.dataset_name}, does not exist (anymore); the results are "
+                    f"in {self.output_dir / 'results.json'}: `python tools/evaluate.py --gt ... --results ...`"
+                )
+            content = json.loads(Path(json_file).read_bytes())
+            if isinstance(content, Mapping) and "videos" in content:
+                return content
+        return self._from_records(DatasetCatalog.get(self.dataset_name))
+
+    def _from_records(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        names = MetadataCatalog.get(self.dataset_name).thing_classes
+        return {
+            "videos": [
+                {"id": r["video_id"], "height": r["height"], "width": r["width"], "length": r["length"]}
+                for r in records
+            ],
+            "categories": [{"id": i, "name": names[label]} for label, i in sorted(self._category_ids.items())],
+            "annotations": [
+                {**a, "video_id": r["video_id"], "category_id": self._category_ids[a["category_id"]]}
+                for r in records
+                for a in r.get("annotations") or ()
+            ],
+        }
+
+
+def _category_ids(dataset_name: str) -> dict[int, int]:
+    """Contiguous class -> the data set's category id."""
+    contiguous = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id")
+    if not contiguous:
+        raise ValueError(
+            f"data set {dataset_name!r} has no thing_dataset_id_to_contiguous_id in its metadata, so labels cannot be "
+            "turned into its category ids. Is it registered? A data set of your own is registered by DATASETS.CUSTOM."
+        )
+    return {label: category_id for category_id, label in contiguous.items()}
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | Path | None = None) -> VideoEvaluator:
+    """The evaluator of a data set.
+
+    Args:
+        cfg: gives ``OUTPUT_DIR``.
+        dataset_name: registered name.
+        output_folder: where the results go; default ``OUTPUT_DIR/inference/<dataset_name>``.
+    """
+    folder = Path(output_folder) if output_folder else Path(cfg.OUTPUT_DIR) / "inference" / dataset_name
+    return VideoEvaluator(dataset_name, folder)
