@@ -1,0 +1,263 @@
+"""Loaders: what turns ``cfg`` and the registered data sets into batches of :class:`ClipSample`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.common import DatasetFromList
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from vis.config import CfgNode, closest, declare
+from vis.data.frame_reader import LazyFrames, frame_source
+from vis.data.image_mapper import build_mapper
+from vis.data.mapper import ClipMapper
+from vis.data.samplers import ClipBatchSampler, SampleIndex, pools_of, sample_generator
+from vis.data.transforms import shortest_edge_size
+from vis.structures import ClipSample
+
+__all__ = ["ClipDataset", "TestLoader", "build_test_loader", "build_train_loader"]
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+@declare
+def add_config(cfg: CfgNode) -> None:
+    """Keys of the loaders."""
+    # Odds of the training data sets; empty: in proportion to their sizes.
+    cfg.DATASETS.DATASET_RATIO = []
+
+
+class ClipDataset(Dataset):
+    """Training samples of several data sets, addressed by :class:`SampleIndex`.
+
+    The records are held as one block of bytes per data set (detectron2's ``DatasetFromList``), so worker processes
+    share them instead of copying them; one record is unpacked per sample.
+    """
+
+    def __init__(self, *, records: Sequence[Sequence[Record]], mappers: Sequence[ClipMapper], seed: int) -> None:
+        self.records = [DatasetFromList(list(part), copy=False, serialize=True) for part in records]
+        self.mappers = list(mappers)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return sum(map(len, self.records))
+
+    def __getitem__(self, index: SampleIndex) -> ClipSample:
+        record = self.records[index.dataset][index.record]
+        return self.mappers[index.dataset](record, sample_generator(self.seed, index.counter))
+
+
+def _records(name: str) -> list[Record]:
+    known = list(DatasetCatalog.list())
+    if name not in known:
+        raise ValueError(
+            f"No data set is registered as {name!r}.{closest(name, known)} A data set of your own is registered "
+            f"by an entry of DATASETS.CUSTOM (name, json, image root)."
+        )
+    records = DatasetCatalog.get(name)
+    if not records:
+        raise ValueError(f"Data set {name!r} has no video.")
+    return records
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace(" ", "_").replace("-", "_")
+
+
+def category_map(name: str, target: str) -> list[int | None] | None:
+    """Classes of data set ``name`` as classes of ``target``, matched by name; None where both have the same classes.
+
+    Raises:
+        ValueError: no class has a counterpart.
+    """
+    classes, wanted = (list(MetadataCatalog.get(each).thing_classes) for each in (name, target))
+    if classes == wanted:
+        return None
+    places = {_plain(each): place for place, each in enumerate(wanted)}
+    mapped = [places.get(_plain(each)) for each in classes]
+    missing = [each for each, place in zip(classes, mapped, strict=True) if place is None]
+    if len(missing) == len(classes):
+        raise ValueError(
+            f"No class of data set {name!r} has the name of a class of {target!r}, the last of DATASETS.TRAIN, whose "
+            f"classes the model learns. Put the data set with the wanted classes last, or leave {name!r} out."
+        )
+    logger.info(
+        "%s: %d of %d classes are trained as classes of %s%s",
+        name,
+        len(classes) - len(missing),
+        len(classes),
+        target,
+        f"; instances of the others are left out: {', '.join(missing)}" if missing else "",
+    )
+    return mapped
+
+
+def _training_set(cfg: CfgNode, name: str, target: str) -> tuple[list[Record], ClipMapper]:
+    """The records of one data set that are trained on, and their mapper."""
+    records = _records(name)
+    still = all(record["length"] == 1 for record in records)
+    mapper = build_mapper(cfg, dataset_name=name, still=still, categories=category_map(name, target))
+    if not any("annotations" in record for record in records):
+        raise ValueError(
+            f"Data set {name!r} of DATASETS.TRAIN has no annotations: it can be tested on, not trained on."
+        )
+    kept = records
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        kept = [record for record in records if mapper.usable(record)]
+        if not kept:
+            raise ValueError(
+                f"None of the {len(records)} records of data set {name!r} has an instance that can be trained on "
+                f"(crowds and classes without a counterpart do not count)."
+            )
+    dropped = len(records) - len(kept)
+    logger.info(
+        "%s: %d %s%s",
+        name,
+        len(kept),
+        "images" if still else "videos",
+        f" ({dropped} without annotations left out)" if dropped else "",
+    )
+    return kept, mapper
+
+
+def _init_worker(worker_id: int) -> None:
+    """One thread per worker: workers are the parallelism."""
+    torch.set_num_threads(1)
+    if "cv2" in sys.modules:
+        sys.modules["cv2"].setNumThreads(0)
+
+
+def _seed(cfg: CfgNode) -> int:
+    if cfg.SEED >= 0:
+        return cfg.SEED
+    seed = comm.shared_random_seed()
+    logger.warning("SEED is %d: batches follow the random seed %d and will not repeat when resumed", cfg.SEED, seed)
+    return seed
+
+
+def _check_input(cfg: CfgNode) -> None:
+    if cfg.INPUT.FORMAT != "RGB":
+        raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: frames are given to every model as 'RGB'.")
+
+
+def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> Iterator[list[ClipSample]]:
+    """Endless training batches of this process.
+
+    The batches are a pure function of the data sets, ``cfg``, the number of processes and the rank: the same whatever
+    ``DATALOADER.NUM_WORKERS``, and ``start_iter=k`` continues exactly where batch k - 1 ended. Neither this nor the
+    workers touch the global random state.
+
+    Args:
+        start_iter: iterations (of ``SOLVER.IMS_PER_BATCH`` clips over all processes) to leave out.
+
+    Raises:
+        ValueError: unknown or empty data sets, classes that do not fit, a batch that cannot be divided over the
+            processes, keys out of range.
+        FileNotFoundError: a data set is not on disk.
+    """
+    _check_input(cfg)
+    names = list(cfg.DATASETS.TRAIN)
+    if not names:
+        raise ValueError("DATASETS.TRAIN is empty: name one or more registered data sets.")
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}, only 'TrainingSampler' is known."
+        )
+    seed = _seed(cfg)
+    records, mappers = zip(*(_training_set(cfg, name, names[-1]) for name in names), strict=True)
+    pools = pools_of(
+        [[record["width"] > record["height"] for record in part] for part in records],
+        ratios=cfg.DATASETS.DATASET_RATIO,
+        group_by_orientation=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+    )
+    for pool in pools:
+        if len(names) > 1 or len(pools) > 1:
+            logger.info(
+                "%.1f %% of batches: %d records of %s", 100 * pool.weight, len(pool.records), names[pool.dataset]
+            )
+    sampler = ClipBatchSampler(
+        pools=pools,
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        seed=seed,
+        rank=comm.get_rank(),
+        world_size=comm.get_world_size(),
+        start_iter=start_iter,
+    )
+    workers = cfg.DATALOADER.NUM_WORKERS
+    loader: DataLoader = DataLoader(
+        ClipDataset(records=records, mappers=mappers, seed=seed),
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=_init_worker,
+        persistent_workers=workers > 0,
+        pin_memory=cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available(),
+        # A generator of its own: the loader draws a number when it starts, and the global state must stay as it is.
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return iter(loader)
+
+
+class TestLoader:
+    """One video per item, as a list of one :class:`ClipSample` whose ``image`` is :class:`LazyFrames`.
+
+    Videos are given to the processes in turn, longest first, so that the last ones to end are short.
+
+    Args:
+        records: all videos.
+        min_size, max_size: INPUT.MIN_SIZE_TEST (0 keeps the size) and INPUT.MAX_SIZE_TEST.
+    """
+
+    __test__ = False  # not a test, whatever pytest thinks of the name
+
+    def __init__(
+        self, *, records: Sequence[Record], min_size: int, max_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        ordered = sorted(records, key=lambda record: -record["length"])
+        self.records = ordered[rank::world_size]
+        self.min_size = min_size
+        self.max_size = max_size
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[list[ClipSample]]:
+        for record in self.records:
+            height, width = record["height"], record["width"]
+            size = shortest_edge_size(height, width, self.min_size, self.max_size)
+            yield [
+                ClipSample(
+                    image=LazyFrames(source=frame_source(record), size=size),
+                    height=height,
+                    width=width,
+                    video_id=record["video_id"],
+                    frame_ids=list(range(record["length"])),
+                    length=record["length"],
+                    file_names=list(record["file_names"]),
+                )
+            ]
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> TestLoader:
+    """The videos of a data set for this process, frames decoded while the model works.
+
+    Raises:
+        ValueError: no such data set, or it is empty.
+        FileNotFoundError: it is not on disk.
+    """
+    _check_input(cfg)
+    return TestLoader(
+        records=_records(dataset_name),
+        min_size=cfg.INPUT.MIN_SIZE_TEST,
+        max_size=cfg.INPUT.MAX_SIZE_TEST,
+        rank=comm.get_rank(),
+        world_size=comm.get_world_size(),
+    )
