@@ -1,0 +1,161 @@
+"""Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021, section 4.1): the op and its module.
+
+The op is a function of tensors; :class:`MSDeformAttn` is a thin shell around it with the released parameter names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SpatialShapes = Sequence[tuple[int, int]] | Tensor
+
+
+def shape_pairs(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
+    """The L level sizes (h, w) as Python integers.
+
+    Raises:
+        ValueError: a tensor on an accelerator was given; reading it would stall the device at every call.
+    """
+    if isinstance(spatial_shapes, Tensor):
+        if spatial_shapes.device.type != "cpu":
+            raise ValueError(
+                f"spatial_shapes lies on {spatial_shapes.device}; pass (h, w) pairs of Python ints or a CPU tensor, "
+                "so that no call has to wait for the device"
+            )
+        spatial_shapes = spatial_shapes.tolist()
+    return [(int(h), int(w)) for h, w in spatial_shapes]
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: Sequence[int] | Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Sum of bilinear samples of ``value``, weighted by attention, over the levels and points of each query and head.
+
+    Args:
+        value: (N, S, M, D) features of all levels, S = sum of h*w, M heads of D channels.
+        spatial_shapes: the L level sizes (h, w), as ints or a CPU tensor (L, 2).
+        level_start_index: (L,) first row of each level in S.
+        sampling_locations: (N, Lq, M, L, P, 2) as (x, y), 0..1 over the level; outside of it the value is zero.
+        attention_weights: (N, Lq, M, L, P).
+
+    Returns:
+        (N, Lq, M*D) in the dtype of ``value``.
+
+    Raises:
+        ValueError: the sizes do not fit one another.
+    """
+    shapes = shape_pairs(spatial_shapes)
+    n, s, m, d = value.shape
+    lq, levels, points = sampling_locations.shape[1], sampling_locations.shape[3], sampling_locations.shape[4]
+    _check_sizes(value, shapes, sampling_locations, attention_weights)
+    starts = level_start_index.tolist() if isinstance(level_start_index, Tensor) else list(level_start_index)
+
+    # Row of `value`, seen as a table (N*S*M, D), and weight of the four neighbours of every sample. One embedding_bag
+    # then gathers, weights and adds: it keeps D contiguous and stores no sample, unlike grid_sample per level.
+    device, dtype = value.device, sampling_locations.dtype
+    size = torch.tensor([[w, h] for h, w in shapes], device=device)  # (L, 2) as (w, h)
+    start = torch.tensor(starts, device=device)[:, None]  # (L, 1)
+    position = sampling_locations * size.to(dtype)[:, None] - 0.5  # (N, Lq, M, L, P, 2), pixel centres at integers
+    corner = position.floor()
+    fraction = position - corner
+    # Far outside the level nothing is sampled; clamping first keeps the integers in range for any input.
+    corner = torch.minimum(torch.maximum(corner, corner.new_tensor(-2.0)), size.to(dtype)[:, None] + 1).long()
+    image = torch.arange(n, device=device).view(n, 1, 1, 1, 1) * s
+    head = torch.arange(m, device=device).view(1, 1, m, 1, 1)
+    width, height = size[:, 0, None], size[:, 1, None]  # (L, 1)
+    rows, weights = [], []
+    for dy in (0, 1):
+        for dx in (0, 1):
+            x, y = corner[..., 0] + dx, corner[..., 1] + dy
+            inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+            share_x = fraction[..., 0] if dx else 1 - fraction[..., 0]
+            share_y = fraction[..., 1] if dy else 1 - fraction[..., 1]
+            row = start + y.clamp(min=0).minimum(height - 1) * width + x.clamp(min=0).minimum(width - 1)
+            rows.append((image + row) * m + head)
+            weights.append(share_x * share_y * attention_weights * inside)
+    bags = (n * lq * m, 4 * levels * points)
+    out = F.embedding_bag(
+        torch.stack(rows, dim=-1).view(bags),
+        value.reshape(n * s * m, d),
+        per_sample_weights=torch.stack(weights, dim=-1).view(bags).to(value.dtype),
+        mode="sum",
+    )
+    return out.view(n, lq, m * d)
+
+
+def _check_sizes(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:
+    total = sum(h * w for h, w in shapes)
+    if total != value.shape[1]:
+        raise ValueError(f"value has {value.shape[1]} rows, but the levels {shapes} need {total}")
+    expected = (value.shape[0], locations.shape[1], value.shape[2], len(shapes), locations.shape[4], 2)
+    if tuple(locations.shape) != expected:
+        raise ValueError(f"sampling_locations is {tuple(locations.shape)}, expected (N, Lq, M, L, P, 2) = {expected}")
+    if tuple(weights.shape) != expected[:-1]:
+        raise ValueError(f"attention_weights is {tuple(weights.shape)}, expected (N, Lq, M, L, P) = {expected[:-1]}")
+
+
+class MSDeformAttn(nn.Module):
+    """Deformable attention over several feature levels with learned offsets and weights."""
+
+    def __init__(self, *, embed_dim: int = 256, num_levels: int = 3, num_heads: int = 8, num_points: int = 4) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} must be divisible by num_heads {num_heads}")
+        self.num_levels, self.num_heads, self.num_points = num_levels, num_heads, num_points
+        self.sampling_offsets = nn.Linear(embed_dim, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(embed_dim, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Point p of head h starts p+1 pixels away in the direction of angle 2*pi*h/M; all points weigh the same."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angle = torch.arange(self.num_heads, dtype=torch.float32) * (2.0 * math.pi / self.num_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        grid = direction[:, None, None, :] * steps[None, None, :, None]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(grid.expand(-1, self.num_levels, -1, -1).reshape(-1))
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        source: Tensor,
+        spatial_shapes: SpatialShapes,
+        level_start_index: Sequence[int] | Tensor,
+    ) -> Tensor:
+        """Attend from ``query`` (N, Lq, C) to ``source`` (N, S, C).
+
+        Args:
+            reference_points: (1 or N, Lq, L or 1, 2) as (x, y) in 0..1.
+            spatial_shapes, level_start_index: as in :func:`ms_deform_attn`.
+
+        Returns:
+            (N, Lq, C).
+        """
+        n, lq, _ = query.shape
+        shapes = shape_pairs(spatial_shapes)
+        heads = (n, lq, self.num_heads, self.num_levels, self.num_points)
+        value = self.value_proj(source).view(n, source.shape[1], self.num_heads, -1)
+        offsets = self.sampling_offsets(query).view(*heads, 2)
+        weights = self.attention_weights(query).view(n, lq, self.num_heads, -1).softmax(dim=-1).view(heads)
+        size = torch.tensor([[w, h] for h, w in shapes], device=query.device, dtype=offsets.dtype)
+        locations = reference_points[:, :, None, :, None, :] + offsets / size[:, None]
+        return self.output_proj(ms_deform_attn(value, shapes, level_start_index, locations, weights))

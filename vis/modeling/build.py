@@ -1,0 +1,40 @@
+"""``build_model``: the meta-architecture that a configuration names, on its device."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
+
+from vis.modeling.registry import lookup
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """Build ``cfg.MODEL.META_ARCHITECTURE`` with initial weights on ``cfg.MODEL.DEVICE`` ("auto": CUDA if present).
+
+    Raises:
+        ValueError: a name in the configuration is not known, or the device is not there.
+    """
+    device = resolve_device(cfg.MODEL.DEVICE)
+    model = lookup(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")(cfg)
+    logger.info("%s on %s, %.1f M parameters", type(model).__name__, device, _millions(model))
+    return model.to(device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that ``MODEL.DEVICE`` asks for; "auto" is CUDA where there is a device, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"MODEL.DEVICE is {name!r}, but this machine has no CUDA device; use MODEL.DEVICE cpu (or auto)")
+    return device
+
+
+def _millions(model: nn.Module) -> float:
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6

@@ -1,0 +1,7 @@
+"""Meta-architectures: one method, one file."""
+
+from __future__ import annotations
+
+from vis.modeling.meta_arch.minvis import MinVIS
+
+__all__ = ["MinVIS"]

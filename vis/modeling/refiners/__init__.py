@@ -1,0 +1,1 @@
+"""Refiners: whole tracks to better tracks."""

@@ -1,0 +1,8 @@
+"""The per-frame segmenter that the methods share, and the preparation of its input."""
+
+from __future__ import annotations
+
+from vis.modeling.segmenter.build import Segmenter, build_segmenter
+from vis.modeling.segmenter.frames import FrameNormalizer
+
+__all__ = ["FrameNormalizer", "Segmenter", "build_segmenter"]
