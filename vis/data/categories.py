@@ -1,6 +1,6 @@
 """Categories of the known data sets, so that nothing but an evaluation's own files is needed on disk.
 
-YouTube-VIS 2019: Yang et al., "Video Instance Segmentation", ICCV 2019; 2021 and 2022: its later versions, with one list;
+YouTube-VIS 2019: Yang et al., "Video Instance Segmentation", ICCV 2019; 2021 and 2022: later versions with one list;
 OVIS: Qi et al., "Occluded Video Instance Segmentation", IJCV 2022; COCO: Lin et al., ECCV 2014.
 """
 
@@ -48,12 +48,12 @@ _COCO_NAMES = (
     "fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
     "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
     "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
-).split(",")
+)
 # COCO's ids run from 1 to 90 and leave ten out.
 _COCO_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO: Categories = tuple(
     Category(number, name)
-    for number, name in zip((i for i in range(1, 91) if i not in _COCO_UNUSED), _COCO_NAMES, strict=True)
+    for number, name in zip((i for i in range(1, 91) if i not in _COCO_UNUSED), _COCO_NAMES.split(","), strict=True)
 )
 
 # COCO category id -> category id of the video data set. Two of COCO's may become one (skis and snowboard).

@@ -1,8 +1,8 @@
 """Run-length encoded masks on pycocotools, with every code checked before it is handed to it.
 
-An RLE in this project is the compressed COCO form with text counts, ``{"size": [h, w], "counts": str}``: it goes into json
-as it is. pycocotools does not check what it decodes: run lengths that do not fit the size write past the end of its
-buffer and crash the process later. Everything here that reads an RLE therefore checks the run lengths first.
+An RLE in this project is the compressed COCO form with text counts, ``{"size": [h, w], "counts": str}``: it goes into
+json as it is. pycocotools does not check what it decodes: run lengths that do not fit the size write past the end of
+its buffer and crash the process later. Everything here that reads an RLE therefore checks the run lengths first.
 """
 
 from __future__ import annotations

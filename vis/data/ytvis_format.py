@@ -2,7 +2,7 @@
 
 A json holds ``videos``, ``categories`` and, unless it is for a hidden test, ``annotations``: one entry per track, with
 one segmentation (RLE, polygons or null) and one box ([x, y, w, h] or null) per frame. Everything wrong with a file is
-reported at once, see :class:`vis.data.problems.DatasetError`. Masks are not decoded here; ``vis.data.ytvis_check`` does.
+reported at once, see :class:`vis.data.problems.DatasetError`. Masks are decoded by ``vis.data.ytvis_check`` only.
 """
 
 from __future__ import annotations

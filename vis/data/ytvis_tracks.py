@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vis.data import rle
-from vis.data.problems import ProblemLog
+from vis.data.problems import ProblemLog, video_place
 
 Record = dict[str, Any]
 
@@ -18,7 +18,7 @@ class TrackReader:
         records: video id -> record; each gets a list ``annotations``.
         mapping: category id in the json -> contiguous class. Known categories that are not in it are left out.
         log: takes what is wrong.
-        tolerant: polygons that are none are left out with a warning instead of refusing the file. COCO's own files need it.
+        tolerant: polygons that are none are left out with a warning instead of refusing the file (image data).
     """
 
     def __init__(
@@ -46,12 +46,11 @@ class TrackReader:
             if number in seen:
                 log.error(f"annotation {number}", "this id is used twice; give every annotation its own id")
             seen.add(number)
-            record = self._records.get(entry.get("video_id", "")) if _plain(entry.get("video_id")) else None
-            if record is None:
-                log.error(
-                    f"annotation {number}", f"belongs to video {entry.get('video_id')!r}, which is not in 'videos'"
-                )
+            video: Any = entry.get("video_id")
+            if not _plain(video) or video not in self._records:
+                log.error(f"annotation {number}", f"belongs to video {video!r}, which is not in 'videos'")
                 continue
+            record = self._records[video]
             if not _plain(entry.get("category_id")) or entry["category_id"] not in categories:
                 place = self._place(record, number)
                 log.error(place, f"is of category {entry.get('category_id')!r}, which is not in 'categories'")
@@ -87,8 +86,6 @@ class TrackReader:
         }
 
     def _place(self, record: Record, number: int) -> str:
-        from vis.data.ytvis_format import video_place
-
         return f"{video_place(record)}, annotation {number}"
 
     def _per_frame(self, entry: Mapping[str, Any], key: str, place: str, length: int) -> list[Any]:
