@@ -55,13 +55,15 @@ class VideoPredictor:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Arguments from ``INPUT.MIN_SIZE_TEST``, ``INPUT.MAX_SIZE_TEST`` and ``MODEL``: the model is built and loaded."""
+        """Arguments from ``INPUT.{MIN,MAX}_SIZE_TEST`` and ``MODEL``: the model is built and loaded."""
         # Here, because a predictor of a ready model needs neither.
         from vis.checkpoint import load_weights
         from vis.modeling import build_model
 
         if not cfg.MODEL.WEIGHTS:
-            raise ValueError("MODEL.WEIGHTS is empty: prediction needs trained weights, give MODEL.WEIGHTS path/to/model.pth")
+            raise ValueError(
+                "MODEL.WEIGHTS is empty: prediction needs trained weights, give MODEL.WEIGHTS path/to/model.pth"
+            )
         model = build_model(cfg)
         load_weights(model, cfg.MODEL.WEIGHTS)
         return {
@@ -137,8 +139,8 @@ class VideoPredictor:
         size = _size_of(frame)
         if size != self._size:
             raise ValueError(
-                f"frame {self._count} is {size[0]}x{size[1]}, the video was opened with {self._size[0]}x{self._size[1]} "
-                "(height x width)"
+                f"frame {self._count} is {size[0]}x{size[1]} (height x width), "
+                f"the video was opened with {self._size[0]}x{self._size[1]}"
             )
         array = frame.permute(1, 2, 0).cpu().numpy() if isinstance(frame, Tensor) else frame
         if self._resize is not None:

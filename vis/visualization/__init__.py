@@ -5,7 +5,7 @@ from __future__ import annotations
 from vis.visualization.colors import track_color
 from vis.visualization.draw import draw_frame, draw_video
 from vis.visualization.frames import FrameError, FrameStream, natural_key, read_image
-from vis.visualization.render import render_video
+from vis.visualization.render import Progress, render_video
 from vis.visualization.results import read_results, write_results
 from vis.visualization.sheet import contact_sheet, side_by_side
 from vis.visualization.tracks import (
@@ -15,6 +15,7 @@ from vis.visualization.tracks import (
     tracks_of_prediction,
     tracks_of_record,
     tracks_of_results,
+    visible_tracks,
 )
 from vis.visualization.video_io import VideoWriter, probe_video, read_video
 
@@ -22,6 +23,7 @@ __all__ = [
     "FrameError",
     "FrameStream",
     "FrameTrack",
+    "Progress",
     "VideoTrack",
     "VideoWriter",
     "contact_sheet",
@@ -39,5 +41,6 @@ __all__ = [
     "tracks_of_prediction",
     "tracks_of_record",
     "tracks_of_results",
+    "visible_tracks",
     "write_results",
 ]

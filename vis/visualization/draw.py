@@ -59,7 +59,9 @@ def draw_frame(
     canvas = resize(image, scale)
     height, width = canvas.shape[:2]
     # Large objects first: a small one in front of a large one stays visible.
-    masks = [(track, _resize_mask(track.mask, height, width)) for track in sorted(tracks, key=lambda t: -int(t.mask.sum()))]
+    masks = [
+        (track, _resize_mask(track.mask, height, width)) for track in sorted(tracks, key=lambda t: -int(t.mask.sum()))
+    ]
     drawn = [(track, mask, box) for track, mask in masks if (box := _tight_box(mask)) is not None]
     thickness = max(1, round(min(height, width) / 300))
     for track, mask, box in drawn:
@@ -176,7 +178,7 @@ def _fit_text(text: str, size: tuple[int, int]) -> tuple[str, int, tuple[int, in
 
 def _place(box: Box, label: tuple[int, int], size: tuple[int, int], taken: Sequence[Box],
            objects: Sequence[Box]) -> tuple[int, int]:  # fmt: skip
-    """Top-left corner of a label: near its object, inside the picture, off other labels and objects where there is room."""
+    """Top-left corner of a label: near its object, inside the picture, off labels and objects where there is room."""
     x0, y0, x1, y1 = box
     label_width, label_height = label
     limit_x, limit_y = size[0] - label_width, size[1] - label_height

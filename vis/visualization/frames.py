@@ -1,4 +1,4 @@
-"""Where frames come from: a folder, a pattern, a list of pictures, or a video file. Read one at a time, as often as asked."""
+"""Where frames come from: a folder, a pattern, a list of pictures, or a video file; read one at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ def read_image(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for broken files
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # what Pillow raises for broken files
         raise FrameError(f"cannot read the picture {path}: {error}") from error
 
 
@@ -74,7 +79,7 @@ class FrameStream:
     def of(cls, inputs: Sequence[str], *, fps: float = 10.0) -> FrameStream:
         """From what a user names: one folder, one video file, a glob pattern, or several picture files.
 
-        The pictures of a folder or a pattern are sorted naturally; several files keep the order in which they are named.
+        The pictures of a folder or a pattern are sorted naturally; several files keep the order in which they come.
         """
         from vis.visualization.video_io import VIDEO_SUFFIXES
 
@@ -131,5 +136,7 @@ def _check_pictures(names: Sequence[str]) -> list[Path]:
         if not file.is_file():
             raise FileNotFoundError(f"input {str(file)!r} does not exist")
         if file.suffix.lower() not in IMAGE_SUFFIXES:
-            raise ValueError(f"several inputs must be picture files ({', '.join(sorted(IMAGE_SUFFIXES))}), found {str(file)!r}")
+            raise ValueError(
+                f"several inputs must be picture files ({', '.join(sorted(IMAGE_SUFFIXES))}), found {str(file)!r}"
+            )
     return files

@@ -46,11 +46,10 @@ class Progress:
         self._last = now
         speed = self.count / max(now - self._start, 1e-9)
         # The number of frames of a video file is an estimate: never promise a negative rest.
-        rest = f"/{self._total} frames, eta {_clock((self._total - self.count) / speed)}" if self._knows_rest() else " frames"
+        rest = " frames"
+        if self._total is not None and self._total >= self.count:
+            rest = f"/{self._total} frames, eta {_clock((self._total - self.count) / speed)}"
         logger.info("%s %d%s, %.1f frames/s", self._what, self.count, rest, speed)
-
-    def _knows_rest(self) -> bool:
-        return self._total is not None and self._total >= self.count
 
 
 def render_video(

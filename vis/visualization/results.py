@@ -13,9 +13,15 @@ from vis.structures import VideoPrediction
 _KEYS = ("video_id", "category_id", "score", "segmentations")
 
 
-def write_results(path: str | Path, prediction: VideoPrediction, category_ids: Sequence[int], class_names: Sequence[str],
-                  *, video_id: int = 1) -> None:  # fmt: skip
-    """Writes one video's prediction as ``[{video_id, category_id, score, segmentations: [RLE | null per frame], ...}]``.
+def write_results(
+    path: str | Path,
+    prediction: VideoPrediction,
+    category_ids: Sequence[int],
+    class_names: Sequence[str],
+    *,
+    video_id: int = 1,
+) -> None:
+    """Writes one video's prediction as ``[{video_id, category_id, score, segmentations: [RLE | null, ...]}]``.
 
     ``track_id`` and ``category_name`` are added to each entry: readers of the submission format leave them alone, and
     ``read_results`` can then draw the same picture again. The file appears whole or not at all.

@@ -49,13 +49,15 @@ def contact_sheet(
     return np.asarray(sheet).copy()
 
 
-def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str] = ("ground truth", "prediction")) -> np.ndarray:
+def side_by_side(
+    left: np.ndarray, right: np.ndarray, captions: tuple[str, str] = ("ground truth", "prediction")
+) -> np.ndarray:
     """Two pictures (H, W, 3) uint8 next to each other, each under its caption."""
     return contact_sheet([left, right], 2, captions=captions)
 
 
 def spread(length: int, count: int) -> list[int]:
-    """Up to ``count`` frame numbers spread evenly over a video of ``length`` frames, the first and the last included."""
+    """Up to ``count`` frame numbers spread evenly over a video of ``length`` frames, with the first and the last."""
     count = min(length, count)
     if count <= 1:
         return list(range(count))

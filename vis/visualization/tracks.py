@@ -86,7 +86,7 @@ def tracks_of_record(record: Mapping[str, Any], class_names: Sequence[str]) -> l
 
 
 def visible_tracks(tracks: Iterable[VideoTrack], threshold: float) -> list[VideoTrack]:
-    """The tracks worth drawing: of each track id the best scored class, if it reaches ``threshold``; ground truth always.
+    """The tracks worth drawing: of each id the best scored class, if it reaches ``threshold``; ground truth always.
 
     A query may be reported with several classes; drawn all, they would cover one another.
     """
@@ -124,7 +124,9 @@ def tracks_at(tracks: Iterable[VideoTrack], index: int, height: int, width: int)
         try:
             mask = segmentation_to_mask(track.segmentations[index], height, width)
         except ValueError as error:
-            raise ValueError(f"track {track.track_id}, frame {index}: {error}; are these the results of this video?") from error
+            raise ValueError(
+                f"track {track.track_id}, frame {index}: {error}; are these the results of this video?"
+            ) from error
         if mask.any():
             found.append(FrameTrack(track.track_id, mask, track.name, track.score))
     return found

@@ -15,13 +15,15 @@ from vis.visualization.frames import FrameError
 
 logger = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif", ".ogv", ".flv"})
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif", ".ogv", ".flv"}
+)
 DEFAULT_FPS = 10.0
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Frames per second, size in pixels, and the number of frames that the container claims (None where it claims none)."""
+    """Frames per second, size in pixels, and the number of frames that the container claims, if any."""
 
     fps: float
     height: int
@@ -41,7 +43,9 @@ def probe_video(path: str | Path) -> VideoInfo:
     try:
         found, frame = capture.read()
         if not found:
-            raise FrameError(f"{path} opens as a video but has no frame that can be decoded; the file is empty or broken")
+            raise FrameError(
+                f"{path} opens as a video but has no frame that can be decoded; the file is empty or broken"
+            )
         fps, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
     finally:
         capture.release()
@@ -79,7 +83,7 @@ def read_video(path: str | Path) -> Iterator[np.ndarray]:
 
 
 class VideoWriter:
-    """Writes an mp4 file (MPEG-4 part 2), frame by frame; a context manager. What was written stays if an error ends it.
+    """Writes an mp4 file (MPEG-4 part 2), frame by frame; a context manager. What was written stays after an error.
 
     Args:
         path: file to write.
@@ -100,11 +104,13 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def write(self, frame: np.ndarray) -> None:
-        """Appends (H, W, 3) uint8 RGB. An odd side is made even by repeating its last line: the format has no odd ones."""
+        """Appends (H, W, 3) uint8 RGB. An odd side is made even by repeating its last line: mp4v has no odd ones."""
         if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
             raise ValueError(f"a frame must be (H, W, 3) uint8, this one is {frame.shape} {frame.dtype}")
         height, width = frame.shape[:2]
@@ -129,7 +135,7 @@ class VideoWriter:
         writer = self._cv2.VideoWriter(str(self.path), code, self._fps, (width, height))
         if not writer.isOpened():
             raise OSError(
-                f"OpenCV cannot write {self.path} ({width}x{height}, mp4v): is the folder writable and the disk not full? "
+                f"OpenCV cannot write {self.path} ({width}x{height}, mp4v): is the folder writable, is the disk full? "
                 "PNG frames need no OpenCV (--no-video)"
             )
         return writer
@@ -141,7 +147,9 @@ def _open(cv2: ModuleType, path: str | Path):  # type: ignore[no-untyped-def]  #
     capture = cv2.VideoCapture(str(path))
     if not capture.isOpened():
         size = Path(path).stat().st_size
-        raise FrameError(f"{path} ({size} bytes) is not a video that OpenCV can read; the file is empty, broken or of an unknown kind")
+        raise FrameError(
+            f"{path} ({size} bytes) is not a video that OpenCV can read: empty, broken or of an unknown kind"
+        )
     return capture
 
 
