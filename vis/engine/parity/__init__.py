@@ -1,0 +1,75 @@
+"""Parity with recordings of released models: the same keys, the same outputs, the same losses.
+
+A recording is up to four files: ``M.manifest.json.gz`` (the released state dict and the rule that computes each weight
+from its name), ``M.npz`` (outputs for a recorded input), ``M.train.json`` with ``M.train.npz`` (losses of a labelled
+clip).
+
+What a model offers:
+
+* ``model.parity_outputs(sample: ClipSample) -> dict[str, Tensor]`` in evaluation mode: every recorded array but the
+  three below under its recorded name (``backbone.res2``, ``pred_cls``, ``tracker.pred_logits`` ...), not strided;
+* ``model([sample])``: in evaluation mode a ``VideoPrediction``, from which ``scores``, ``labels`` and ``areas`` are
+  taken; in training mode the weighted losses.
+
+An array or a loss that cannot be compared is a failure. Nothing is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vis.config import CfgNode
+from vis.engine.parity.common import Check
+from vis.engine.parity.losses import check_losses, read_losses
+from vis.engine.parity.outputs import check_outputs
+from vis.engine.parity.weights import check_state_dict, fill_weights, formula_weight, read_manifest
+
+__all__ = ["Check", "check_parity", "fill_weights", "formula_weight", "parity_options", "read_manifest"]
+
+
+def parity_options(config: CfgNode, losses: str | Path | None) -> list[Any]:
+    """``KEY VALUE ...`` under which recordings were made: on the CPU, clips of the recorded length, no dropout.
+
+    Args:
+        config: a tree that names the keys (from ``load_cfg``): every DROPOUT, ``*DROP_RATE`` and ``DROP_PATH_RATE`` in
+            ``MODEL`` is set to 0.
+        losses: the ``.train.json`` file whose clip length holds, or None.
+    """
+    options: list[Any] = ["MODEL.DEVICE", "cpu"]
+    for key in _drop_keys(config.MODEL, "MODEL"):
+        options += [key, 0.0]
+    if losses is not None:
+        options += ["INPUT.SAMPLING_FRAME_NUM", int(read_losses(losses)["frames"])]
+    return options
+
+
+def _drop_keys(node: CfgNode, path: str) -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _drop_keys(value, f"{path}.{key}")
+        elif isinstance(value, float) and (key == "DROPOUT" or key.endswith(("DROP_RATE", "DROP_PATH_RATE"))):
+            yield f"{path}.{key}"
+
+
+def check_parity(
+    model: nn.Module, manifest_file: str | Path, outputs: str | Path | None = None, losses: str | Path | None = None
+) -> list[Check]:
+    """Everything a recording holds, against a model. Its weights are replaced by the formula's.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or is not of the format.
+    """
+    manifest = read_manifest(manifest_file)
+    checks = check_state_dict(model, manifest)
+    if not all(check.ok for check in checks):
+        return [*checks, Check("outputs and losses", False, "not compared: the state dicts differ")]
+    fill_weights(model, manifest)
+    if outputs is not None:
+        checks += check_outputs(model, outputs)
+    if losses is not None:
+        checks += check_losses(model, losses)
+    return checks

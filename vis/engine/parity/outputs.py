@@ -1,0 +1,129 @@
+"""Outputs of a recording against those of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+
+from vis.engine.parity.common import Array, Check, clip_sample, read_npz
+from vis.structures import VideoPrediction
+
+#: Largest allowed difference, in units of the recorded array's largest absolute value.
+OUTPUT_BAR = 1e-4
+
+_RESULTS = ("scores", "labels", "areas")
+_SIDE = (".shape", ".stride")
+
+
+def check_outputs(model: nn.Module, path: str | Path) -> list[Check]:
+    """Every array of the ``.npz`` file against what the model gives for its ``input``."""
+    recorded = read_npz(path, "input")
+    frames = recorded.pop("input")
+    names = [name for name in recorded if not (name.endswith(_SIDE) and name.rsplit(".", 1)[0] in recorded)]
+    offered = getattr(model, "parity_outputs", None)
+    if offered is None and set(names) - set(_RESULTS):
+        return [Check(str(path), False, f"{type(model).__name__} has no parity_outputs(sample): nothing was compared")]
+
+    model.eval()
+    sample = clip_sample(frames)
+    with torch.no_grad():
+        actual = offered(sample) if offered is not None else {}
+        found = model([sample])[0] if set(names) & set(_RESULTS) else None
+    checks = [_check_array(name, recorded, actual) for name in names if name not in _RESULTS]
+    if found is not None:
+        checks += _check_results(found, recorded, len(frames))
+    return checks
+
+
+def _check_array(name: str, recorded: Mapping[str, Array], actual: Mapping[str, Tensor]) -> Check:
+    expected = recorded[name]
+    if expected.dtype.kind not in "fiub":
+        return Check(name, False, f"cannot be compared: an array of {expected.dtype}")
+    if name not in actual:
+        return Check(name, False, f"unknown array: the model gives {', '.join(sorted(actual)) or 'none'}")
+    found = actual[name].detach().cpu().numpy()
+    stride = int(recorded.get(f"{name}.stride", 1))
+    shape = tuple(int(size) for size in recorded.get(f"{name}.shape", np.asarray(expected.shape)))
+    if found.shape != shape:
+        return Check(name, False, f"shape {found.shape} instead of {shape}")
+    found = found.reshape(-1)[::stride]
+    if found.size != expected.size:
+        return Check(name, False, f"{expected.size} recorded elements, {found.size} at stride {stride} of {shape}")
+    note = f"{shape}" + (f", every {stride}. element" if stride > 1 else "")
+    error = relative_error(found, expected.reshape(-1))
+    return Check(name, error <= OUTPUT_BAR, f"largest relative error {error:.2e}   {note}")
+
+
+def relative_error(found: Array, expected: Array) -> float:
+    """Largest difference of two flat arrays over the largest finite value of ``expected``; inf if not finite alike."""
+    if expected.size == 0:
+        return 0.0
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    finite = np.isfinite(expected)
+    if not np.array_equal(found[~finite], expected[~finite]) or not np.isfinite(found[finite]).all():
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    difference = float(np.abs(found[finite] - expected[finite]).max())
+    scale = float(np.abs(expected[finite]).max())
+    return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
+
+
+def _check_results(found: VideoPrediction, recorded: Mapping[str, Array], length: int) -> list[Check]:
+    """Scores, labels and areas, both sides sorted by label, then score."""
+    if "scores" not in recorded or "labels" not in recorded:
+        return [Check("scores, labels, areas", False, "cannot be compared: scores or labels are not recorded")]
+    scores, labels = recorded["scores"].astype(np.float64), recorded["labels"].astype(np.int64)
+    count = len(found)
+    if count != len(scores):
+        return [Check("scores, labels, areas", False, f"{count} results instead of {len(scores)}")]
+    ours_scores = found.scores.detach().cpu().numpy().astype(np.float64)
+    ours_labels = found.labels.detach().cpu().numpy().astype(np.int64)
+    order, ours = np.lexsort((scores, labels)), np.lexsort((ours_scores, ours_labels))
+    error = relative_error(ours_scores[ours], scores[order])
+    equal_labels = int((ours_labels[ours] == labels[order]).sum())
+    checks = [
+        Check("scores", error <= OUTPUT_BAR, f"largest relative error {error:.2e}   {count} results"),
+        Check("labels", equal_labels == count, f"{equal_labels} of {count} equal"),
+    ]
+    if "areas" in recorded:
+        groups = _ties(scores[order], labels[order])
+        ours_areas = track_areas(found, length)[ours]
+        checks.append(_check_areas(ours_areas, recorded["areas"].astype(np.int64)[order], groups))
+    return checks
+
+
+def _ties(scores: Array, labels: Array) -> Array:
+    """(N,) group numbers of sorted results: one label and scores too close to tell which comes first share a number."""
+    if len(scores) == 0:
+        return np.zeros(0, dtype=np.int64)
+    apart = (np.diff(labels) != 0) | (np.diff(scores) > OUTPUT_BAR * np.abs(scores).max())
+    return np.concatenate([[0], np.cumsum(apart)])
+
+
+def _check_areas(found: Array, expected: Array, groups: Array) -> Check:
+    if found.shape != expected.shape:
+        return Check("areas", False, f"shape {found.shape} instead of {expected.shape}")
+    found, expected = _sorted_rows(found, groups), _sorted_rows(expected, groups)
+    different = int((found != expected).any(axis=1).sum())
+    worst = int(np.abs(found - expected).max(initial=0))
+    return Check("areas", different == 0, f"{different} of {len(found)} tracks differ, by up to {worst} pixels")
+
+
+def _sorted_rows(areas: Array, groups: Array) -> Array:
+    return areas[np.lexsort((*areas.T[::-1], groups))]
+
+
+def track_areas(prediction: VideoPrediction, length: int) -> Array:
+    """(N, T) mask areas in pixels, 0 where a track has no mask."""
+    areas = np.zeros((len(prediction), length), dtype=np.int64)
+    for row, masks in zip(areas, prediction.masks, strict=True):
+        for frame, rle in enumerate(masks):
+            if rle is not None:
+                row[frame] = int(coco_mask.area(rle))
+    return areas
