@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vis.data.builtin import ALIASES, builtin_datasets, register_builtin
 from vis.data.custom import register_custom
+from vis.data.loaders import build_test_loader, build_train_loader
 from vis.data.paths import datasets_root
 from vis.data.problems import DatasetError, Problem
 from vis.data.registration import VideoDataset, class_names_of, get_dataset, num_classes_of
@@ -14,6 +15,8 @@ __all__ = [
     "DatasetError",
     "Problem",
     "VideoDataset",
+    "build_test_loader",
+    "build_train_loader",
     "builtin_datasets",
     "class_names_of",
     "datasets_root",

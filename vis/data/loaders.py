@@ -13,10 +13,13 @@ from detectron2.data.common import DatasetFromList
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from vis.config import CfgNode, closest, declare
+from vis.config import CfgNode, declare
+from vis.data.categories import class_names
+from vis.data.custom import register_custom
 from vis.data.frame_reader import LazyFrames, frame_source
 from vis.data.image_mapper import build_mapper
 from vis.data.mapper import ClipMapper
+from vis.data.registration import VideoDataset, get_dataset, registered
 from vis.data.samplers import ClipBatchSampler, SampleIndex, pools_of, sample_generator
 from vis.data.transforms import shortest_edge_size
 from vis.structures import ClipSample
@@ -55,17 +58,31 @@ class ClipDataset(Dataset):
         return self.mappers[index.dataset](record, sample_generator(self.seed, index.counter))
 
 
+def _video_dataset(name: str) -> VideoDataset | None:
+    """The registered video data set; None where other code registered records of our form under the name."""
+    if name in DatasetCatalog and registered(name) is None and registered(f"{name}_video") is None:
+        return None
+    return get_dataset(name)  # raises for an unknown name, with the closest known one
+
+
 def _records(name: str) -> list[Record]:
-    known = list(DatasetCatalog.list())
-    if name not in known:
-        raise ValueError(
-            f"No data set is registered as {name!r}.{closest(name, known)} A data set of your own is registered "
-            f"by an entry of DATASETS.CUSTOM (name, json, image root)."
-        )
-    records = DatasetCatalog.get(name)
+    dataset = _video_dataset(name)
+    records = DatasetCatalog.get(name) if dataset is None else dataset()
     if not records:
         raise ValueError(f"Data set {name!r} has no video.")
+    if "file_names" not in records[0]:
+        get_dataset(name)  # records of detectron2's image form: says how to register them
     return records
+
+
+def _classes(name: str) -> list[str]:
+    dataset = _video_dataset(name)
+    if dataset is not None:
+        return class_names(dataset.known_categories())
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    if not classes:
+        raise ValueError(f"Data set {name!r} has no class names: set thing_classes of its metadata.")
+    return list(classes)
 
 
 def _plain(name: str) -> str:
@@ -78,7 +95,7 @@ def category_map(name: str, target: str) -> list[int | None] | None:
     Raises:
         ValueError: no class has a counterpart.
     """
-    classes, wanted = (list(MetadataCatalog.get(each).thing_classes) for each in (name, target))
+    classes, wanted = (_classes(each) for each in (name, target))
     if classes == wanted:
         return None
     places = {_plain(each): place for place, each in enumerate(wanted)}
@@ -143,7 +160,8 @@ def _seed(cfg: CfgNode) -> int:
     return seed
 
 
-def _check_input(cfg: CfgNode) -> None:
+def _prepare(cfg: CfgNode) -> None:
+    register_custom(cfg)  # a process started by spawn has a catalog of its own
     if cfg.INPUT.FORMAT != "RGB":
         raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: frames are given to every model as 'RGB'.")
 
@@ -163,7 +181,7 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> Iterator[list[Cl
             processes, keys out of range.
         FileNotFoundError: a data set is not on disk.
     """
-    _check_input(cfg)
+    _prepare(cfg)
     names = list(cfg.DATASETS.TRAIN)
     if not names:
         raise ValueError("DATASETS.TRAIN is empty: name one or more registered data sets.")
@@ -253,7 +271,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> TestLoader:
         ValueError: no such data set, or it is empty.
         FileNotFoundError: it is not on disk.
     """
-    _check_input(cfg)
+    _prepare(cfg)
     return TestLoader(
         records=_records(dataset_name),
         min_size=cfg.INPUT.MIN_SIZE_TEST,
