@@ -104,7 +104,7 @@ PRESETS: dict[str, Preset] = {
         shutter=0.5,
         path_candidates=1,
         scripted=True,
-        same_class=0.5,
+        same_class=0.3,
         min_area=16,
     ),
 }

@@ -25,12 +25,14 @@ class Frame:
     """One rendered frame of a scene with N objects (in the order of `scene.objects`).
 
     `image` (H, W, 3) uint8 RGB; `masks` (N, H, W) bool, visible parts, disjoint; `visible` (N,) float64, the seen part
-    of each silhouette within the picture, 0 where it is outside.
+    of each silhouette within the picture, 0 where it is outside; `silhouettes` (N,) int64, the samples (four per pixel)
+    of each whole silhouette within the picture.
     """
 
     image: NDArray[np.uint8]
     masks: Bools
     visible: NDArray[np.float64]
+    silhouettes: NDArray[np.int64]
 
 
 def render_frame(scene: Scene, index: int) -> Frame:
@@ -51,7 +53,7 @@ def render_frame(scene: Scene, index: int) -> Frame:
     winner = len(counts) - 1 - counts[::-1].argmax(axis=0)  # ties: an object before the background
     masks = np.stack([winner == k + 1 for k in range(len(scene.objects))])
     seen = counts[1:].sum(axis=(1, 2))
-    return Frame(image=image, masks=masks, visible=seen / np.maximum(silhouettes, 1))
+    return Frame(image=image, masks=masks, visible=seen / np.maximum(silhouettes, 1), silhouettes=silhouettes)
 
 
 def _background(scene: Scene, cameras: list[NDArray[np.float64]]) -> Floats:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shutil
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -12,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vis.data.rle import area, encode, to_box
+from vis.data.synthetic.png import encode_png
 from vis.data.synthetic.presets import CATEGORIES, GENERATOR_VERSION, PRESETS, SPLITS, Preset, occlusion_level
 from vis.data.synthetic.render import Frame, render_frame
 from vis.data.synthetic.scene import Scene, make_scene
@@ -166,7 +168,7 @@ def _write_videos(preset: Preset, seed: int, split: str, count: int, image_root:
         if time.monotonic() - last_log > _LOG_EVERY_SECONDS:
             logger.info("%s %s: %d of %d videos", preset.name, split, index + 1, count)
             last_log = time.monotonic()
-    _remove_other_videos(image_root, {v["file_names"][0].split("/")[0] for v in videos})
+    _remove_other_videos(image_root, split, count)
     categories = [{"id": i + 1, "name": name, "supercategory": "object"} for i, name in enumerate(CATEGORIES)]
     return {"categories": categories, "videos": videos, "annotations": annotations}
 
@@ -176,23 +178,21 @@ def _write_frames(scene: Scene, folder: Path) -> list[Frame]:
     frames = []
     for t in range(scene.length):
         frame = render_frame(scene, t)
-        Image.fromarray(frame.image).save(folder / f"{t:05d}.png", compress_level=6)
+        (folder / f"{t:05d}.png").write_bytes(encode_png(frame.image))
         frames.append(frame)
     # Frames of an earlier, longer clip of this name.
     for path in folder.glob("*.png"):
-        if int(path.stem) >= scene.length:
+        if re.fullmatch(r"\d{5}", path.stem) and int(path.stem) >= scene.length:
             path.unlink()
     return frames
 
 
-def _remove_other_videos(image_root: Path, names: set[str]) -> None:
-    """Remove clips that an earlier, larger or killed run left; only pictures in folders, nothing else."""
-    for folder in sorted(image_root.iterdir()):
-        if folder.is_dir() and folder.name not in names:
-            for path in folder.glob("*.png"):
-                path.unlink()
-            if not any(folder.iterdir()):
-                folder.rmdir()
+def _remove_other_videos(image_root: Path, split: str, count: int) -> None:
+    """Remove the clips from number `count` on, which an earlier, larger or killed run left; nothing else."""
+    for folder in sorted(image_root.glob(f"{split}_*")):
+        number = folder.name[len(split) + 1 :]
+        if re.fullmatch(r"\d{4,}", number) and int(number) >= count:
+            shutil.rmtree(folder)
 
 
 def _annotation(preset: Preset, scene: Scene, frames: list[Frame], k: int) -> dict[str, Any]:
