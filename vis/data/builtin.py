@@ -49,10 +49,12 @@ def _each(folder: str, *patterns: str, split: str) -> tuple[str, ...]:
 def _ytvis(folder: str, split: str, categories: Categories) -> VideoDataset:
     json_files = _each(folder, "{}.json", "{}/instances.json", "annotations/{}.json", split=split)
     # the first release of 2019 named its files so
-    sub = tuple(f"{folder}/annotations/instances_{part}_sub.json" for part in (split,) if part != "test")
+    more = (f"{folder}/annotations/instances_{split}_sub.json",)
+    if folder == "ytvis_2022" and split == "val":
+        more = (f"{folder}/instances.json",)
     return VideoDataset(
         name=f"{folder}_{split}",
-        json_files=json_files + sub,
+        json_files=json_files + more,
         image_roots=_each(folder, "{}/JPEGImages", split=split),
         split=split,
         categories=categories,

@@ -86,7 +86,7 @@ def load_ytvis_json(
         raise FileNotFoundError(f"annotation file {json_file} does not exist")
     if check_images and not os.path.isdir(image_root):
         raise FileNotFoundError(f"image folder {image_root} (of {json_file}) does not exist")
-    document = read_document(json_file, image_root, log, file_format=file_format, expected=expected or Expected())
+    document = read_document(json_file, log, file_format=file_format, expected=expected or Expected())
     if document is not None and not log.errors and check_images:
         check_files(document.records, image_root, log)
     if document is None or log.errors:
@@ -100,9 +100,7 @@ def load_ytvis_json(
     return document.records
 
 
-def read_document(
-    json_file: str, image_root: str, log: ProblemLog, *, file_format: str, expected: Expected
-) -> Document | None:
+def read_document(json_file: str, log: ProblemLog, *, file_format: str, expected: Expected) -> Document | None:
     """Reads and checks everything but the pictures; None where the file is so broken that nothing can be said about it.
 
     The records' ``file_names`` are still relative to the image root; problems are in ``log``.
