@@ -1,0 +1,77 @@
+"""Reading detectron2's ``.pkl`` weights without running what a pickle may contain.
+
+Such a file is a pickle of NumPy arrays in plain containers. A pickle can name any function and have it called, so the
+reader here knows only the few names that arrays need and refuses every other one.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class ForbiddenContent(ValueError):
+    """The file names Python objects other than arrays and plain containers."""
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """The one use Python 2 pickles make of ``codecs.encode``: bytes that were stored as text."""
+    if encoding not in ("latin1", "latin-1"):
+        raise ForbiddenContent(f"text in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _array_functions() -> dict[tuple[str, str], Any]:
+    core: Any = getattr(np, "_core", None) or np.core  # numpy 2 renamed the package; files name either
+    names: dict[tuple[str, str], Any] = {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("_codecs", "encode"): _encode,
+    }
+    for package in ("numpy.core", "numpy._core"):
+        names[f"{package}.multiarray", "_reconstruct"] = core.multiarray._reconstruct
+        names[f"{package}.multiarray", "scalar"] = core.multiarray.scalar
+        names[f"{package}.numeric", "_frombuffer"] = core.numeric._frombuffer
+    return names
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    _allowed = _array_functions()
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._allowed:
+            raise ForbiddenContent(f"{module}.{name}")
+        return self._allowed[module, name]
+
+
+def read_array_pickle(path: Path) -> Any:
+    """The content of a pickle of arrays, numbers, strings and plain containers.
+
+    Raises:
+        ForbiddenContent: it holds anything else.
+        pickle.UnpicklingError, EOFError: it is not a pickle or ends too early.
+    """
+    with path.open("rb") as file:
+        content = _ArrayUnpickler(file, encoding="latin1").load()
+    _refuse_objects(content)
+    return content
+
+
+def _refuse_objects(content: Any) -> None:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            _refuse_objects(key)
+            _refuse_objects(value)
+    elif isinstance(content, (list, tuple, set, frozenset)):
+        for value in content:
+            _refuse_objects(value)
+    elif isinstance(content, np.ndarray):
+        if content.dtype.hasobject:
+            raise ForbiddenContent("an array of Python objects")
+    elif not isinstance(content, (np.generic, str, bytes, int, float, complex, bool, type(None))):
+        raise ForbiddenContent(f"{type(content).__module__}.{type(content).__qualname__}")
