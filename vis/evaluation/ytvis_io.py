@@ -179,7 +179,7 @@ def _as_code(mask: Any, height: int, width: int) -> dict[str, Any] | None:
         return None
     if isinstance(mask, list):
         mask = rle.polygons_to_rle(mask, height, width)
-    if not isinstance(mask, Mapping) or "counts" not in mask or "size" not in mask:
+    if not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
         raise ValueError(f"a mask must be null or an RLE with 'size' and 'counts', found {_kind(mask)}")
     if not isinstance(mask["size"], (list, tuple)) or list(mask["size"]) != [height, width]:
         raise ValueError(f"a mask has size {mask['size']!r:.40}, the video has [height, width] = [{height}, {width}]")

@@ -1,0 +1,235 @@
+"""YouTube-VIS AP and AR: the recorded official numbers, cases computed by hand, and an independent implementation."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_utils
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from vis.evaluation import NoGroundTruth, ResultsError, evaluate_ytvis
+from vis.evaluation.rle_runs import BadRLE, rle_areas
+from vis.evaluation.ytvis_eval import AREA_RANGES, NAMES, tube_iou
+from vis.evaluation.ytvis_io import make_track
+
+A, B = (1, 1, 5, 5), (6, 6, 10, 12)  # two boxes that do not touch
+Make = Callable[..., Any]
+
+
+@pytest.mark.parity
+def test_official_numbers(shared_dir: Path) -> None:
+    folder = shared_dir / "parity" / "ytvis_eval"
+    result = evaluate_ytvis(str(folder / "gt.json"), str(folder / "res.json"))
+    np.testing.assert_allclose(result.stats, json.loads((folder / "stats.json").read_text()), rtol=0, atol=1e-12)
+
+
+def stats(gt: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, float]:
+    return dict(zip(NAMES, evaluate_ytvis(gt, results).stats, strict=True))
+
+
+def test_perfect(make_gt: Make, make_results: Make) -> None:
+    gt = make_gt([(7, 1, [A, A, None, B], 0), (9, 5, [B] * 4, 0)])
+    result = evaluate_ytvis(gt, make_results([(7, 1, 0.3, [A, A, None, B]), (9, 5, 0.9, [B] * 4)]))
+    assert result.stats == pytest.approx([1, 1, 1, 1, -1, -1, 1, 1, 1, 1, -1, -1])
+    assert result.per_class == pytest.approx({"class1": 1.0, "class2": -1.0, "class5": 1.0})
+    assert "nan" not in result.table() + result.copypaste()
+    assert result.copypaste().splitlines()[1].startswith("copypaste: AP,AP50,AP75,APs,APm,APl,AR1,AR10")
+    assert result.percent()["AP"] == pytest.approx(100)
+    assert result.class_percent()["AP-class2"] == -1
+
+
+@pytest.mark.parametrize("boxes", [[A, A, None, None], [(1, 1, 3, 5)] * 4], ids=["half the frames", "half the area"])
+def test_half_iou_counts_at_the_lowest_threshold_only(make_gt: Make, make_results: Make, boxes: Any) -> None:
+    found = stats(make_gt([(7, 1, [A] * 4, 0)]), make_results([(7, 1, 0.5, boxes)]))
+    assert (found["AP"], found["AP50"], found["AP75"]) == pytest.approx((0.1, 1, 0))
+
+
+def test_frames_without_object_count_in_the_union(make_gt: Make, make_results: Make) -> None:
+    found = stats(make_gt([(7, 1, [A, None, None, None], 0)]), make_results([(7, 1, 0.5, [A, A, A, None])]))
+    assert found["AP50"] == 0  # IoU 1/3
+
+
+def test_duplicate_costs_precision(make_gt: Make, make_results: Make) -> None:
+    gt = make_gt([(7, 1, [A] * 4, 0), (7, 1, [B] * 4, 0)])
+    results = make_results([(7, 1, 0.9, [A] * 4), (7, 1, 0.8, [A] * 4), (7, 1, 0.7, [B] * 4)])
+    found = stats(gt, results)
+    assert found["AP"] == pytest.approx((51 + 50 * 2 / 3) / 101)
+    assert (found["AR1"], found["AR10"]) == (0.5, 1.0)
+
+
+def test_wrong_class(make_gt: Make, make_results: Make) -> None:
+    result = evaluate_ytvis(make_gt([(7, 1, [A] * 4, 0)]), make_results([(7, 2, 0.9, [A] * 4)]))
+    assert result.stats[0] == 0
+    assert result.per_class == {"class1": 0.0, "class2": -1.0, "class5": -1.0}
+
+
+def test_identity_switch_fails_both_tracks(make_gt: Make, make_results: Make) -> None:
+    gt = make_gt([(7, 1, [A] * 4, 0), (7, 1, [(6, 6, 10, 10)] * 4, 0)])
+    a, b = A, (6, 6, 10, 10)
+    found = stats(gt, make_results([(7, 1, 0.9, [a, a, b, b]), (7, 1, 0.8, [b, b, a, a])]))
+    assert found["AP50"] == 0  # each IoU is 2 / 6
+
+
+def test_right_shape_in_the_wrong_video(make_gt: Make, make_results: Make) -> None:
+    gt = make_gt([(7, 1, [A] * 4, 0), (9, 1, [B] * 4, 0)])
+    assert stats(gt, make_results([(9, 1, 0.9, [A] * 4), (7, 1, 0.9, [B] * 4)]))["AP"] == 0
+
+
+def test_detection_on_a_crowd_is_neither_hit_nor_miss(make_gt: Make, make_results: Make) -> None:
+    gt = make_gt([(7, 1, [B] * 4, 1), (7, 1, [A] * 4, 0)])
+    two_on_crowd = [(7, 1, 0.9, [B] * 4), (7, 1, 0.8, [B] * 4), (7, 1, 0.7, [A] * 4)]
+    assert stats(gt, make_results(two_on_crowd))["AP"] == pytest.approx(1)
+
+
+def test_areas_in_the_file_decide_the_size_class(make_gt: Make, make_results: Make) -> None:
+    gt = make_gt([(7, 1, [A] * 4, 0)])
+    gt["annotations"][0]["areas"] = [200**2, 200**2, None, 0]
+    found = stats(gt, make_results([(7, 1, 0.9, [A] * 4)]))
+    assert (found["APs"], found["APm"], found["APl"]) == pytest.approx((-1, 1, -1))
+
+
+def test_empty_results_are_zero_with_a_line(make_gt: Make, caplog: pytest.LogCaptureFixture) -> None:
+    result = evaluate_ytvis(make_gt([(7, 1, [A] * 4, 0)]), [])
+    assert result.stats == [0, 0, 0, 0, -1, -1, 0, 0, 0, 0, -1, -1]
+    assert "AP is 0" in caplog.text
+
+
+def test_missing_videos(make_gt: Make, make_results: Make, caplog: pytest.LogCaptureFixture) -> None:
+    gt, results = make_gt([(7, 1, [A] * 4, 0), (9, 1, [A] * 4, 0)]), make_results([(7, 1, 0.9, [A] * 4)])
+    assert evaluate_ytvis(gt, results).stats[8] == 0.5
+    assert "1 of 2 videos" in caplog.text
+    with pytest.raises(ResultsError, match="1 of 2 videos"):
+        evaluate_ytvis(gt, results, allow_missing=False)
+
+
+@pytest.mark.parametrize("annotations", ["absent", None, []])
+def test_no_annotations(make_gt: Make, annotations: Any) -> None:
+    gt = make_gt([])
+    del gt["annotations"]
+    if annotations != "absent":
+        gt["annotations"] = annotations
+    with pytest.raises(NoGroundTruth, match="no annotations"):
+        evaluate_ytvis(gt, [])
+
+
+def test_order_of_the_file_breaks_ties(make_gt: Make, make_results: Make) -> None:
+    gt = make_gt([(7, 1, [A] * 4, 0)])
+    good, bad = (7, 1, 0.5, [A] * 4), (7, 1, 0.5, [B] * 4)
+    assert stats(gt, make_results([good, bad]))["AP"] == pytest.approx(1)
+    assert stats(gt, make_results([bad, good]))["AP"] == pytest.approx(0.5)
+
+
+def random_rectangles(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    mask = np.zeros((height, width), np.uint8)
+    for _ in range(rng.integers(1, 3)):
+        y, x = rng.integers(0, height // 2), rng.integers(0, width // 2)
+        mask[y : y + rng.integers(10, 290), x : x + rng.integers(10, 390)] = 1
+    return mask
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_single_frames_equal_coco(seed: int) -> None:
+    """pycocotools' COCOeval on images: same numbers as on videos of one frame, ties and all area ranges included."""
+    rng = np.random.default_rng(seed)
+    height, width, categories = 301, 413, (1, 3, 4, 9)
+    images = [{"id": int(i), "height": height, "width": width} for i in rng.permutation(20) + 1]
+    objects, predictions = [], []
+    for image in images:
+        for _ in range(rng.integers(0, 7)):
+            mask = random_rectangles(rng, height, width)
+            category = int(rng.choice(categories[:3]))
+            rle = mask_utils.encode(np.asfortranarray(mask))
+            objects.append((image["id"], category, rle))
+            for _ in range(rng.integers(0, 4)):
+                shifted = np.roll(mask, tuple(rng.integers(-12, 13, 2)), (0, 1))
+                guess = int(rng.choice(categories)) if rng.random() < 0.2 else category
+                score = float(rng.integers(0, 8)) / 8
+                predictions.append((image["id"], guess, score, mask_utils.encode(np.asfortranarray(shifted))))
+    with contextlib.redirect_stdout(io.StringIO()):
+        expected = coco_stats(images, categories, objects, predictions)
+    gt = {
+        "videos": [{**image, "length": 1} for image in images],
+        "categories": [{"id": c, "name": str(c)} for c in categories],
+        "annotations": [
+            {"id": n + 1, "video_id": i, "category_id": c, "segmentations": [rle]}
+            for n, (i, c, rle) in enumerate(objects)
+        ],
+    }
+    results = [{"video_id": i, "category_id": c, "score": s, "segmentations": [rle]} for i, c, s, rle in predictions]
+    found = evaluate_ytvis(gt, results).stats
+    assert 0 < found[0] < 1
+    assert min(found) >= 0
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def coco_stats(images: Any, categories: Any, objects: Any, predictions: Any) -> np.ndarray:
+    coco = COCO()
+    coco.dataset = {
+        "info": {},
+        "images": images,
+        "categories": [{"id": c, "name": str(c)} for c in categories],
+        "annotations": [
+            {"id": n + 1, "image_id": i, "category_id": c, "segmentation": rle, "iscrowd": 0}
+            | {"area": int(mask_utils.area(rle)), "bbox": mask_utils.toBbox(rle).tolist()}
+            for n, (i, c, rle) in enumerate(objects)
+        ],
+    }
+    coco.createIndex()
+    found = [{"image_id": i, "category_id": c, "score": s, "segmentation": rle} for i, c, s, rle in predictions]
+    evaluation = COCOeval(coco, coco.loadRes(found), "segm")
+    evaluation.params.areaRng = AREA_RANGES.tolist()
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats
+
+
+def test_tube_iou_equals_pixels() -> None:
+    rng = np.random.default_rng(3)
+    frames, height, width = 5, 17, 23
+
+    def blobs() -> np.ndarray:
+        masks = rng.random((frames, height, width)) < rng.uniform(0.1, 0.9)
+        masks[rng.random(frames) < 0.3] = False
+        masks[:, :, : rng.integers(0, width)] = False
+        return masks
+
+    detections, objects = [blobs() for _ in range(3)], [blobs() for _ in range(4)]
+
+    def track(masks: np.ndarray) -> Any:
+        return make_track(
+            [mask_utils.encode(np.asfortranarray(m, np.uint8)) if m.any() else None for m in masks], 17, 23
+        )
+
+    expected = [[(d & o).sum() / (d | o).sum() for o in objects] for d in detections]
+    found = tube_iou([track(d) for d in detections], [track(o) for o in objects])
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_areas_of_codes() -> None:
+    rng = np.random.default_rng(5)
+    masks = [rng.random((19, 29)) < p for p in (0, 0.02, 0.5, 0.98, 1)]
+    masks.append(np.zeros((19, 29), bool))
+    masks[-1][:, 9:25] = True  # long runs: several characters each
+    codes = [mask_utils.encode(np.asfortranarray(m, np.uint8))["counts"] for m in masks]
+    assert rle_areas(codes, 19 * 29).tolist() == [int(m.sum()) for m in masks]
+    assert rle_areas([], 5).tolist() == []
+    for index, code in enumerate(codes):
+        with pytest.raises(BadRLE) as error:
+            rle_areas([*codes[:index], code + b"1"], 19 * 29)
+        assert error.value.index == index
+
+
+@pytest.mark.parametrize("code", [b"", b"\xff\xfe", b"P", b"PPPPPPPPPP1", b"00", b"o", b"Q4"])
+def test_damaged_code(code: bytes) -> None:
+    with pytest.raises(BadRLE) as error:
+        rle_areas([b"57", code] if code else [b"", b"57"], 12)
+    assert error.value.index == (1 if code else 0)
