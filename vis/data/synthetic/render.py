@@ -41,7 +41,8 @@ def render_frame(scene: Scene, index: int) -> Frame:
     cameras = [scene.camera(t) for t in times]
     color, label = _background(scene, cameras), np.full((4, scene.height, scene.width), -1, dtype=np.int8)
     silhouettes = np.zeros(len(scene.objects), dtype=np.int64)
-    for k in sorted(range(len(scene.objects)), key=lambda k: scene.objects[k].depth):
+    far_to_near = sorted(range(len(scene.objects)), key=lambda k: scene.objects[k].depth)
+    for k in far_to_near:
         poses = [scene.objects[k].pose(t, c) for t, c in zip(times, cameras, strict=True)]
         silhouettes[k] = _draw(scene.objects[k], poses, k, color, label)
     # floor(x + 0.5) instead of round(): plain IEEE operations only.
@@ -49,10 +50,12 @@ def render_frame(scene: Scene, index: int) -> Frame:
     image = np.floor(mean + np.float32(0.5)).astype(np.uint8)
     for _ in range(scene.blur[index]):
         image = _soften(image)
-    counts = np.stack([(label == k).sum(axis=0) for k in range(-1, len(scene.objects))])
-    winner = len(counts) - 1 - counts[::-1].argmax(axis=0)  # ties: an object before the background
-    masks = np.stack([winner == k + 1 for k in range(len(scene.objects))])
-    seen = counts[1:].sum(axis=(1, 2))
+    # A pixel belongs to whatever has most of its samples; of two that have as many, to the nearer one.
+    near_to_far = [*reversed(far_to_near), -1]
+    counts = np.stack([(label == k).sum(axis=0) for k in near_to_far])
+    winner = np.array(near_to_far)[counts.argmax(axis=0)]
+    masks = np.stack([winner == k for k in range(len(scene.objects))])
+    seen = np.bincount(label.reshape(-1) + 1, minlength=len(scene.objects) + 1)[1:]
     return Frame(image=image, masks=masks, visible=seen / np.maximum(silhouettes, 1), silhouettes=silhouettes)
 
 

@@ -266,7 +266,8 @@ def _make_object(
 
 
 def _luminance(color: Colors) -> float:
-    return float(0.3 * color[0] + 0.6 * color[1] + 0.1 * color[2])
+    red, green, blue = color.tolist()  # NumPy 1 and 2 would give sums of NumPy scalars different precision
+    return float(0.3 * red + 0.6 * green + 0.1 * blue)
 
 
 def _object_colors(rng: np.random.Generator) -> Colors:
