@@ -39,7 +39,6 @@ RELEASED_DEFAULTS: dict[str, dict[str, Any]] = {
         "INPUT.SAMPLING_FRAME_RANGE": 20,
         "INPUT.SAMPLING_FRAME_SHUFFLE": False,
         "INPUT.SAMPLING_FRAME_RATIO": 1.0,
-        "MODEL.MASK_FORMER.TEST.WINDOW_INFERENCE": False,
         # Constants in the released code: 30 frames a window, the ten best results of a video.
         "MODEL.MASK_FORMER.TEST.WINDOW_SIZE": 30,
         "MODEL.MASK_FORMER.TEST.MAX_NUM": 10,
@@ -48,6 +47,7 @@ RELEASED_DEFAULTS: dict[str, dict[str, Any]] = {
         "INPUT.SAMPLING_FRAME_NUM": 1,
         # The image model reports TEST.DETECTIONS_PER_IMAGE results, 100 where nothing else is said.
         "MODEL.MASK_FORMER.TEST.MAX_NUM": 100,
+        "MODEL.MASK_FORMER.TEST.MASK_SCORE": True,
     },
 }
 

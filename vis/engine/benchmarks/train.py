@@ -1,0 +1,102 @@
+"""Seconds and peak memory of a training step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.structures import BitMasks, Instances
+from torch import Tensor
+
+from vis.engine.benchmarks.common import (
+    MIB,
+    MovingFrames,
+    Settings,
+    build,
+    in_subprocess,
+    peak_bytes,
+    repeat,
+    spread,
+    summary,
+)
+from vis.solver import build_gradient_clipper, build_optimizer
+from vis.structures import ClipSample
+
+CLIPS, INSTANCES = 2, 6
+
+
+def measure_train(settings: Settings) -> dict[str, Any]:
+    """Forward, backward, clipping and optimizer step, in a process of its own."""
+    return in_subprocess("train:run_once", settings)
+
+
+def run_once(settings: Settings) -> dict[str, Any]:
+    """Steps on the same two clips in this process. ``peak_mib`` counts everything, the optimizer's state too."""
+    cfg, model = build(settings)
+    model.train()
+    optimizer = build_optimizer(cfg, model)
+    clip = build_gradient_clipper(cfg)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    samples = [labelled_clip(settings, seed) for seed in range(CLIPS)]
+
+    def step() -> None:
+        losses: dict[str, Tensor] = model(samples)
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(losses.values())).sum().backward()
+        if clip is not None:
+            clip(parameters)
+        optimizer.step()
+
+    cuda = settings.device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = repeat(settings, step)
+    return {
+        "seconds_per_step": summary(seconds),
+        "peak_mib": peak_bytes() / MIB,
+        "device_peak_mib": torch.cuda.max_memory_allocated() / MIB if cuda else None,
+        "clips": CLIPS,
+        "frames_per_clip": settings.frames[0],
+        "instances_per_clip": INSTANCES,
+    }
+
+
+def labelled_clip(settings: Settings, seed: int) -> ClipSample:
+    """Frames of the moving texture with six rectangles that drift apart, one instance each."""
+    height, width = settings.input_size
+    length = settings.frames[0]
+    frames = MovingFrames(length=length, size=settings.input_size, seed=seed)
+    instances = []
+    for frame in range(length):
+        masks = torch.zeros(INSTANCES, height, width, dtype=torch.bool)
+        for index in range(INSTANCES):
+            top = (index // 3) * height // 2 + 3 * seed + frame
+            left = (index % 3) * width // 3 + 5 * seed + frame
+            masks[index, top : top + height // 3, left : left + width // 4] = True
+        bits = BitMasks(masks)
+        annotated = Instances((height, width))
+        annotated.gt_classes = torch.arange(INSTANCES)
+        annotated.gt_ids = torch.arange(INSTANCES)
+        annotated.gt_masks = bits
+        annotated.gt_boxes = bits.get_bounding_boxes()
+        instances.append(annotated)
+    return ClipSample(
+        image=list(frames),
+        instances=instances,
+        height=height,
+        width=width,
+        video_id=seed,
+        frame_ids=list(range(length)),
+        length=length,
+        file_names=[],
+    )
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The figures in words."""
+    device = f", device {result['device_peak_mib']:.0f} MiB" if result["device_peak_mib"] is not None else ""
+    return [
+        f"{spread(result['seconds_per_step'], 's per step')}; {result['clips']} clips of {result['frames_per_clip']} "
+        f"frame(s) with {result['instances_per_clip']} instances",
+        f"peak {result['peak_mib']:.0f} MiB{device}",
+    ]
