@@ -34,7 +34,7 @@ logger = logging.getLogger("vis.demo")
 EXAMPLES = """\
 examples:
   a model on a video file (or a folder of frames, or a pattern in quotes):
-    demo.py --config-file configs/minvis/ytvis2019_r50.yaml --input street.mp4 --output out \\
+    demo.py --config-file configs/minvis/ytvis19_r50.yaml --input street.mp4 --output out \\
         --opts MODEL.WEIGHTS model_final.pth
   the same pictures again from its results, without a model:
     demo.py --results out/results.json --input street.mp4 --output again
@@ -273,7 +273,7 @@ def load_data_set(args: argparse.Namespace) -> tuple[dict[int, dict[str, Any]], 
     if args.dataset:
         data_set = get_dataset(args.dataset)
     else:
-        # expand() of the data sets' own paths is relative to the folder of all data sets; here the user's folder counts.
+        # Absolute: a data set's own paths are relative to the folder of all data sets, these to the current one.
         json_file, root = (os.path.abspath(os.path.expanduser(path)) for path in (args.gt_json, args.image_root))
         data_set = VideoDataset(os.path.basename(json_file), (json_file,), (root,))
     return {record["video_id"]: record for record in data_set()}, _named(args, _names_in(data_set))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from vis.engine.predictor import VideoPredictor
 
+from vis.engine.predictor import VideoPredictor
 from vis.structures import VideoPrediction
 
 HEIGHT, WIDTH = 20, 34

@@ -21,7 +21,8 @@ class FrameError(ValueError):
 def natural_key(name: str | os.PathLike[str]) -> list[tuple[int, int, str]]:
     """Sorts by the numbers in a name as numbers: ``frame2`` before ``frame10``."""
     parts = re.split(r"(\d+)", os.fspath(name).lower())
-    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]
+    key = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+    return [*key, (2, 0, os.fspath(name))]  # names that differ in leading zeros or case only keep a fixed order
 
 
 def read_image(path: str | Path) -> np.ndarray:

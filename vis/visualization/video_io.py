@@ -115,8 +115,8 @@ class VideoWriter:
             raise ValueError(f"a frame must be (H, W, 3) uint8, this one is {frame.shape} {frame.dtype}")
         height, width = frame.shape[:2]
         if self._size is None:
-            self._size = (height, width)
             self._writer = self._open(height + height % 2, width + width % 2)
+            self._size = (height, width)
         if (height, width) != self._size:
             raise ValueError(f"{self.path}: a frame of {height}x{width} in a video of {self._size[0]}x{self._size[1]}")
         if height % 2 or width % 2:
