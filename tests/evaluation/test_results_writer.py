@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -149,3 +153,28 @@ def test_parts_are_read_one_video_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "parts" / "rank0.jsonl").write_text("")  # so the second cannot have been read yet
     with pytest.raises(ValueError, match="Expecting value"):
         next(videos)
+
+
+WRITE_FOREVER = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("results_writer", sys.argv[1])  # alone: without torch it starts at once
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+writer = module.PartWriter(sys.argv[2])
+for video in range(10**9):
+    writer.append(video, [{"video_id": video, "segmentations": ["x" * 50_000]}])
+"""
+
+
+def test_killed_process_leaves_whole_videos(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WRITE_FOREVER, str(module.__file__), str(tmp_path)])
+    path = tmp_path / "parts" / "rank0.jsonl"
+    deadline = time.monotonic() + 30
+    while not (path.exists() and path.stat().st_size > 200_000) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    videos = list(iter_parts(tmp_path))
+    assert len(videos) >= 3
+    assert [video for video, _ in videos] == list(range(len(videos)))
+    assert all(len(entries[0]["segmentations"][0]) == 50_000 for _, entries in videos)

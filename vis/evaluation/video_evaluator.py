@@ -158,16 +158,16 @@ class VideoEvaluator(DatasetEvaluator):
 
     def _ground_truth(self) -> Mapping[str, Any]:
         """The content of the data set's json; a json of images (COCO) is put in the same form from its records."""
-        json_file = MetadataCatalog.get(self.dataset_name).get("json_file")
-        if json_file is not None:
-            if not Path(json_file).is_file():
-                raise FileNotFoundError(
-                    f"{json_file}, the ground truth of {self.dataset_name}, does not exist (anymore); the results are "
-                    f"in {self.output_dir / 'results.json'}: `python tools/evaluate.py --gt ... --results ...`"
-                )
-            content = json.loads(Path(json_file).read_bytes())
-            if isinstance(content, Mapping) and "videos" in content:
-                return content
+        try:
+            json_file = MetadataCatalog.get(self.dataset_name).get("json_file")
+            content = json.loads(Path(json_file).read_bytes()) if json_file is not None else None
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"the ground truth of {self.dataset_name} is not there (anymore): {error}. The results are in "
+                f"{self.output_dir / 'results.json'}; `python tools/evaluate.py --gt ... --results ...` measures them."
+            ) from error
+        if isinstance(content, Mapping) and "videos" in content:
+            return content
         return self._from_records(DatasetCatalog.get(self.dataset_name))
 
     def _from_records(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
