@@ -78,22 +78,38 @@ def read_frame(source: FrameSource, index: int) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
-            oriented = ImageOps.exif_transpose(picture) if orientation != 1 else picture
-            frame = np.asarray(oriented.convert("RGB"))
+            _check_header(picture, orientation, source, index)  # before anything is decoded
+            upright = picture if orientation == 1 else ImageOps.exif_transpose(picture)
+            return np.asarray(upright.convert("RGB"))
+    except _WrongFrame as error:
+        raise ValueError(str(error)) from None
     except _DECODE_ERRORS as error:
         raise ValueError(
             f"Cannot decode {source.describe(index)}: {error}. The file is damaged, cut off or no picture; "
             f"fetch or write it again."
         ) from error
-    if frame.shape[:2] != (source.height, source.width):
+
+
+class _WrongFrame(Exception):
+    """A picture that could be decoded but must not be used."""
+
+
+def _check_header(picture: Image.Image, orientation: int, source: FrameSource, index: int) -> None:
+    # Orientations from 5 on turn the picture by a quarter.
+    width, height = picture.size if orientation < 5 else picture.size[::-1]
+    if (height, width) != (source.height, source.width):
         turned = f" after its EXIF orientation {orientation} was applied" if orientation != 1 else ""
-        raise ValueError(
-            f"{source.describe(index)} is {frame.shape[0]} x {frame.shape[1]} (height x width){turned}, but "
+        raise _WrongFrame(
+            f"{source.describe(index)} is {height} x {width} (height x width){turned}, but "
             f"{source.json_file or 'the annotation file'} says {source.height} x {source.width}. The masks would not "
             f"fit: correct the size in the json, or replace the frames (without EXIF orientation) by those that were "
             f"annotated."
         )
-    return frame
+    if picture.mode[0] in "IF":
+        raise _WrongFrame(
+            f"{source.describe(index)} has pixels of mode {picture.mode!r}, more than 8 bits each; write it as an "
+            f"8-bit picture: its range of values is not known here."
+        )
 
 
 class LazyFrames(Sequence[Tensor]):

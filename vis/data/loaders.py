@@ -24,7 +24,7 @@ from vis.data.samplers import ClipBatchSampler, SampleIndex, pools_of, sample_ge
 from vis.data.transforms import shortest_edge_size
 from vis.structures import ClipSample
 
-__all__ = ["ClipDataset", "TestLoader", "build_test_loader", "build_train_loader"]
+__all__ = ["ClipDataset", "VideoLoader", "build_test_loader", "build_train_loader", "category_map"]
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> Iterator[list[Cl
     return iter(loader)
 
 
-class TestLoader:
+class VideoLoader:
     """One video per item, as a list of one :class:`ClipSample` whose ``image`` is :class:`LazyFrames`.
 
     Videos are given to the processes in turn, longest first, so that the last ones to end are short.
@@ -233,8 +233,6 @@ class TestLoader:
         records: all videos.
         min_size, max_size: INPUT.MIN_SIZE_TEST (0 keeps the size) and INPUT.MAX_SIZE_TEST.
     """
-
-    __test__ = False  # not a test, whatever pytest thinks of the name
 
     def __init__(
         self, *, records: Sequence[Record], min_size: int, max_size: int, rank: int = 0, world_size: int = 1
@@ -264,7 +262,7 @@ class TestLoader:
             ]
 
 
-def build_test_loader(cfg: CfgNode, dataset_name: str) -> TestLoader:
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> VideoLoader:
     """The videos of a data set for this process, frames decoded while the model works.
 
     Raises:
@@ -272,7 +270,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> TestLoader:
         FileNotFoundError: it is not on disk.
     """
     _prepare(cfg)
-    return TestLoader(
+    return VideoLoader(
         records=_records(dataset_name),
         min_size=cfg.INPUT.MIN_SIZE_TEST,
         max_size=cfg.INPUT.MAX_SIZE_TEST,

@@ -145,7 +145,7 @@ class ClipMapper:
     def usable(self, record: Mapping[str, Any]) -> bool:
         """Whether any instance of the record can be trained on."""
         return any(
-            self.category(annotation) is not None and any(map(bool, annotation["segmentations"]))
+            self.category(annotation) is not None and any(_seen(annotation, frame) for frame in range(record["length"]))
             for annotation in record.get("annotations") or ()
         )
 

@@ -1,0 +1,121 @@
+"""The batch sampler: a pure function of seed, ranks and iteration."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from vis.data.samplers import ClipBatchSampler, SampleIndex, pools_of, sample_generator
+
+LANDSCAPE = [[True, False, True, True, False, True, True], [True] * 3 + [False] * 2]
+
+
+def batches(
+    count: int,
+    *,
+    ratios: tuple[float, ...] = (),
+    batch: int = 2,
+    seed: int = 7,
+    rank: int = 0,
+    world_size: int = 1,
+    start_iter: int = 0,
+    landscape: list[list[bool]] | None = None,
+) -> list[list[SampleIndex]]:
+    sampler = ClipBatchSampler(
+        pools=pools_of(LANDSCAPE if landscape is None else landscape, ratios=ratios),
+        total_batch_size=batch,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        start_iter=start_iter,
+    )
+    return list(islice(sampler, count))
+
+
+@pytest.mark.parametrize("start", [1, 17, 4095, 4096, 5000])
+def test_starting_later_gives_the_same_batches(start: int) -> None:
+    for rank in range(2):
+        whole = batches(start + 20, batch=6, rank=rank, world_size=2, ratios=(1, 0.5))
+        assert batches(20, batch=6, rank=rank, world_size=2, ratios=(1, 0.5), start_iter=start) == whole[start:]
+
+
+def test_seed_decides() -> None:
+    assert batches(30) == batches(30)
+    assert batches(30) != batches(30, seed=8)
+
+
+def test_a_batch_has_one_data_set_and_one_orientation() -> None:
+    for batch in batches(300, batch=4):
+        assert len({(index.dataset, LANDSCAPE[index.dataset][index.record]) for index in batch}) == 1
+
+
+def test_orientations_mix_when_grouping_is_off() -> None:
+    sampler = ClipBatchSampler(pools=pools_of(LANDSCAPE[:1], group_by_orientation=False), total_batch_size=4, seed=0)
+    mixed = [len({LANDSCAPE[0][index.record] for index in batch}) for batch in islice(sampler, 30)]
+    assert 2 in mixed
+
+
+@pytest.mark.parametrize("ratios", [(1.0, 0.75), (1.0, 0.0), (3.0, 1.0)])
+def test_data_sets_come_with_their_odds(ratios: tuple[float, float]) -> None:
+    drawn = Counter(batch[0].dataset for batch in batches(6000, ratios=ratios))
+    assert drawn[0] / 6000 == pytest.approx(ratios[0] / sum(ratios), abs=0.025)
+
+
+def test_without_odds_every_record_is_equally_frequent() -> None:
+    drawn = Counter((index.dataset, index.record) for batch in batches(6000) for index in batch)
+    assert len(drawn) == 12
+    assert min(drawn.values()) > 0.85 * 1000
+    assert max(drawn.values()) < 1.15 * 1000
+
+
+def test_every_record_is_seen_before_any_comes_again() -> None:
+    records = [index.record for batch in batches(10, landscape=[[True] * 10], batch=5) for index in batch]
+    assert all(sorted(records[at : at + 10]) == list(range(10)) for at in range(0, 50, 10))
+
+
+def test_ranks_share_the_records_of_an_epoch() -> None:
+    ranks = [batches(5, landscape=[[True] * 30], batch=6, rank=rank, world_size=3) for rank in range(3)]
+    seen = [index.record for rank in ranks for batch in rank for index in batch]
+    assert sorted(seen) == list(range(30))
+
+
+def test_counters_number_all_samples() -> None:
+    ranks = [batches(50, batch=6, rank=rank, world_size=2) for rank in range(2)]
+    assert sorted(index.counter for rank in ranks for batch in rank for index in batch) == list(range(300))
+
+
+def test_data_set_smaller_than_a_batch() -> None:
+    (batch,) = batches(1, landscape=[[True, True]], batch=7)
+    assert Counter(index.record for index in batch).most_common(1)[0][1] <= 4
+    assert len(batch) == 7
+
+
+def test_going_far_is_fast() -> None:
+    start = time.perf_counter()
+    (batch,) = batches(1, batch=32, world_size=8, rank=5, start_iter=400_000)
+    assert time.perf_counter() - start < 5
+    assert batch[0].counter == (400_000 * 8 + 5) * 4
+
+
+def test_generators_of_samples_differ() -> None:
+    first = [sample_generator(3, counter).random() for counter in range(50)]
+    assert len(set(first)) == 50
+    assert first == [sample_generator(3, counter).random() for counter in range(50)]
+    assert sample_generator(3, 5).random() != sample_generator(4, 5).random()
+
+
+def test_wrong_values_are_named() -> None:
+    with pytest.raises(ValueError, match="multiple of 3"):
+        batches(1, batch=4, world_size=3)
+    with pytest.raises(ValueError, match="DATASET_RATIO"):
+        pools_of(LANDSCAPE, ratios=(1.0,))
+    with pytest.raises(ValueError, match="DATASET_RATIO"):
+        pools_of(LANDSCAPE, ratios=(0.0, 0.0))
+    with pytest.raises(ValueError, match="at least one record"):
+        pools_of([[True], []])
+    assert [pool.weight for pool in pools_of([[True], [True]], ratios=(1, 3))] == [0.25, 0.75]
+    assert np.isclose(sum(pool.weight for pool in pools_of(LANDSCAPE)), 1)
