@@ -157,6 +157,14 @@ def test_annotations_are_postponed_everywhere() -> None:
     assert not [name for name, text in texts.items() if len(ast.parse(text).body) > 1 and head not in text]
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "configs/README.md", "datasets/README.md"])
+def test_paths_in_a_readme_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    paths = set(re.findall(r"(?<![\w/.-])(?:configs|datasets|tests|tools|vis)/[\w/.-]*\w", text))
+    ignored = ("configs/my", "datasets/my")  # examples that a user writes
+    assert not [path for path in paths if not path.startswith(ignored) and not (ROOT / path).exists()]
+
+
 def config_files() -> list[Path]:
     """Every yaml that runs alone: `_base_` holds fragments."""
     return sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "_base_" not in path.parts)
