@@ -172,8 +172,13 @@ def predict(predictor: VideoPredictor, stream: FrameStream) -> tuple[VideoPredic
     except FrameError as error:
         if progress.count == 0:
             raise
-        return predictor.close(), error
-    return predictor.close(), None
+        failure: FrameError | None = error
+    else:
+        failure = None
+    # The model works in windows: the last one runs in close(), which belongs to the time it took.
+    prediction = predictor.close()
+    progress.finish()
+    return prediction, failure
 
 
 def draw_results_of_input(args: argparse.Namespace) -> int:

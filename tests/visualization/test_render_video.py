@@ -12,6 +12,7 @@ import torch
 from vis.structures import VideoPrediction
 from vis.visualization import (
     FrameError,
+    Progress,
     VideoTrack,
     contact_sheet,
     read_image,
@@ -95,6 +96,20 @@ def test_what_was_drawn_before_an_error_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "contact_sheet.png").exists()
     with pytest.raises(ValueError, match="no frame"):
         render_video(iter([]), [], tmp_path / "empty")
+
+
+def test_progress_names_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="vis"):
+        progress = Progress("drawing", 2, period=0.0)
+        for _ in range(3):  # one more than a video file claimed
+            progress.step()
+        progress.finish()
+        Progress("reading", None, period=0.0).step()
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("drawing 1/2 frames, eta 0:00:0")
+    assert lines[2].startswith("drawing 3 frames, ")
+    assert lines[3].startswith("drawing: 3 frames in 0:00:0")
+    assert lines[4].startswith("reading 1 frames, ")
 
 
 def test_results_survive_the_disk(tmp_path: Path) -> None:

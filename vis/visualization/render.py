@@ -41,7 +41,7 @@ class Progress:
         """Counts one step; logs if it is time to."""
         self.count += 1
         now = time.monotonic()
-        if now - self._last < self._period and self.count != self._total:
+        if now - self._last < self._period:
             return
         self._last = now
         speed = self.count / max(now - self._start, 1e-9)
@@ -50,6 +50,11 @@ class Progress:
         if self._total is not None and self._total >= self.count:
             rest = f"/{self._total} frames, eta {_clock((self._total - self.count) / speed)}"
         logger.info("%s %d%s, %.1f frames/s", self._what, self.count, rest, speed)
+
+    def finish(self) -> None:
+        """Logs how long all of it took."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        logger.info("%s: %d frames in %s, %.1f frames/s", self._what, self.count, _clock(seconds), self.count / seconds)
 
 
 def render_video(
@@ -115,6 +120,7 @@ def render_video(
             progress.step()
     if progress.count == 0:
         raise ValueError("there is no frame to draw")
+    progress.finish()
     written += [output / "overlay.mp4"] if write_video else []
     return written + ([output / "contact_sheet.png"] if cells else [])
 

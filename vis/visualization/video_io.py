@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -129,7 +130,7 @@ class VideoWriter:
         if self._size is not None:
             self._writer.release()
 
-    def _open(self, height: int, width: int):  # type: ignore[no-untyped-def]  # OpenCV's own class, unknown without it
+    def _open(self, height: int, width: int) -> Any:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         code = self._cv2.VideoWriter_fourcc(*"mp4v")
         writer = self._cv2.VideoWriter(str(self.path), code, self._fps, (width, height))
@@ -141,7 +142,7 @@ class VideoWriter:
         return writer
 
 
-def _open(cv2: ModuleType, path: str | Path):  # type: ignore[no-untyped-def]  # OpenCV's own class, unknown without it
+def _open(cv2: ModuleType, path: str | Path) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"video file {str(path)!r} does not exist")
     capture = cv2.VideoCapture(str(path))
