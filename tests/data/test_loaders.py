@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import multiprocessing
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -112,6 +114,18 @@ def test_errors_of_workers_arrive(cfg: CfgNode) -> None:
     for workers in (0, 1):
         with pytest.raises(FileNotFoundError, match="frame 1 of video . of data set 'toy'"):
             take(cfg, 1, workers=workers)
+
+
+def test_workers_end_with_an_error(cfg: CfgNode) -> None:
+    for record in DatasetCatalog.get("toy_train"):
+        Path(record["file_names"][1]).unlink()
+    cfg.DATALOADER.NUM_WORKERS = 1
+    batches = build_train_loader(cfg)
+    with contextlib.suppress(FileNotFoundError):
+        next(batches)
+    assert multiprocessing.active_children()
+    del batches
+    assert not multiprocessing.active_children()
 
 
 def test_classes_follow_the_last_data_set(cfg: CfgNode, register: Register, make_record: MakeRecord) -> None:

@@ -152,6 +152,24 @@ def _init_worker(worker_id: int) -> None:
         sys.modules["cv2"].setNumThreads(0)
 
 
+class _WorkerBatches(Iterator[list[ClipSample]]):
+    """Batches of worker processes, which end at once when a worker failed.
+
+    The traceback of torch's code in this process is dropped: it is part of a reference cycle that would keep the
+    workers alive until some later garbage collection, which then waits for them in vain. The message has the worker's
+    own traceback.
+    """
+
+    def __init__(self, batches: Iterator[list[ClipSample]]) -> None:
+        self._batches = batches
+
+    def __next__(self) -> list[ClipSample]:
+        try:
+            return next(self._batches)
+        except Exception as error:
+            raise error.with_traceback(None) from None
+
+
 def _seed(cfg: CfgNode) -> int:
     if cfg.SEED >= 0:
         return cfg.SEED
@@ -216,12 +234,11 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> Iterator[list[Cl
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=_init_worker,
-        persistent_workers=workers > 0,
         pin_memory=cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available(),
         # A generator of its own: the loader draws a number when it starts, and the global state must stay as it is.
         generator=torch.Generator().manual_seed(seed),
     )
-    return iter(loader)
+    return _WorkerBatches(iter(loader)) if workers else iter(loader)
 
 
 class VideoLoader:
