@@ -49,7 +49,7 @@ def _each(folder: str, *patterns: str, split: str) -> tuple[str, ...]:
 def _ytvis(folder: str, split: str, categories: Categories) -> VideoDataset:
     json_files = _each(folder, "{}.json", "{}/instances.json", "annotations/{}.json", split=split)
     # the first release of 2019 named its files so
-    more = (f"{folder}/annotations/instances_{split}_sub.json",)
+    more = (f"{folder}/annotations/instances_{split}_sub.json",) if split != "test" else ()
     if folder == "ytvis_2022" and split == "val":
         more = (f"{folder}/instances.json",)
     return VideoDataset(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
 
@@ -60,7 +59,7 @@ def unsafe_reason(name: str) -> str | None:
     """Why a file name from a json may not be used below an image root, or None where it may."""
     if not name or "\0" in name:
         return "is empty or holds a zero byte"
-    if PurePosixPath(name).is_absolute() or os.path.isabs(name):
+    if os.path.isabs(name):
         return "is absolute; names must be relative to the image root"
     if ".." in name.replace("\\", "/").split("/"):
         return "holds '..'; names must stay inside the image root"

@@ -1,4 +1,4 @@
-"""Everything that is wrong with a data set at once, and a summary of what it holds. Unlike loading, it reads the masks."""
+"""Everything that is wrong with a data set at once, masks included, and a summary of what it holds."""
 
 from __future__ import annotations
 

@@ -7,10 +7,12 @@ reported at once, see :class:`vis.data.problems.DatasetError`. Masks are decoded
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -100,6 +102,19 @@ def load_ytvis_json(
     return document.records
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Cyclic garbage collection off: looking for garbage would take most of the time of reading a large json."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_collection()
 def read_document(json_file: str, log: ProblemLog, *, file_format: str, expected: Expected) -> Document | None:
     """Reads and checks everything but the pictures; None where the file is so broken that nothing can be said about it.
 

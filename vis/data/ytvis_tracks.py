@@ -67,10 +67,18 @@ class TrackReader:
         boxes = self._per_frame(entry, "bboxes", place, length) if entry.get("bboxes") is not None else None
         if entry.get("length", length) != length:
             self._log.error(place, f"length is {entry['length']!r}, the video has {length} frames; make them agree")
-        height, width = record["height"], record["width"]
+        size = [record["height"], record["width"]]
         masks: list[Any] = []
         for frame, segmentation in enumerate(segmentations):
-            masks.append(self._segmentation(segmentation, height, width, place, frame) if segmentation else None)
+            # nearly all of them: a good RLE or nothing, told apart from the rest without a call
+            if not segmentation:
+                masks.append(None)
+                continue
+            counts = segmentation.get("counts") if type(segmentation) is dict else None
+            if type(counts) is str and segmentation.get("size") == size:
+                masks.append({"size": size, "counts": counts})
+            else:
+                masks.append(self._segmentation(segmentation, size[0], size[1], place, frame))
         if boxes is None:
             checked = [self._box_of(mask, place, frame) for frame, mask in enumerate(masks)]
         else:
@@ -121,16 +129,14 @@ class TrackReader:
         return kept or None
 
     def _rle(self, value: dict[str, Any], height: int, width: int, place: str, frame: int) -> Any:
-        size, counts = value.get("size"), value.get("counts")
-        if not isinstance(size, list) or size != [height, width]:
+        size = value.get("size")
+        if size != [height, width]:
             self._log.error(
                 place,
                 f"frame {frame}: the RLE is of size {size!r}, the video is {[height, width]} ([height, width]); "
                 "write the mask at the size of the video",
             )
             return None
-        if isinstance(counts, str):
-            return {"size": size, "counts": counts}
         try:
             return rle.compress(value)
         except ValueError as error:
@@ -138,8 +144,12 @@ class TrackReader:
             return None
 
     def _box(self, box: Any, place: str, frame: int) -> list[float] | None:
-        good = isinstance(box, list) and len(box) == 4 and all(type(value) in (int, float) for value in box)
-        if not good or box[2] < 0 or box[3] < 0:
+        try:
+            x, y, w, h = box
+            good = w >= 0 and h >= 0 and abs(x + y + w + h) < float("inf")
+        except (TypeError, ValueError):
+            good = False
+        if not good:
             self._log.error(
                 place, f"frame {frame}: a box is [x, y, width, height] in pixels or null, found {box!r:.60}"
             )
