@@ -215,10 +215,8 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> Iterator[list[Cl
         group_by_orientation=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
     )
     for pool in pools:
-        if len(names) > 1 or len(pools) > 1:
-            logger.info(
-                "%.1f %% of batches: %d records of %s", 100 * pool.weight, len(pool.records), names[pool.dataset]
-            )
+        share, name = 100 * pool.weight, names[pool.dataset]
+        logger.info("%.1f %% of batches from %s: %d records (%s)", share, name, len(pool.records), pool.shape)
     sampler = ClipBatchSampler(
         pools=pools,
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,

@@ -42,6 +42,7 @@ class Pool:
     dataset: int
     records: np.ndarray
     weight: float
+    shape: str = ""
 
 
 def pools_of(
@@ -73,7 +74,8 @@ def pools_of(
         for orientation in (True, False):
             records = np.flatnonzero(groups == orientation)
             if len(records) and share > 0:
-                pools.append(Pool(dataset, records, share * len(records) / len(groups)))
+                shape = ("landscape" if orientation else "portrait") if group_by_orientation else "any"
+                pools.append(Pool(dataset, records, share * len(records) / len(groups), shape))
     return pools
 
 
