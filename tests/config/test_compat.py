@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import yaml
 
 from vis.config.compat import RELEASED_DEFAULTS, UNUSED_KEYS, VALUE_ALIASES, translate
+from vis.engine import load_cfg
 
 # The whole set of keys of the released MinVIS files with the values of the OVIS R50 one, in an arrangement of our own.
 SHARED = """
@@ -202,18 +202,15 @@ def test_tables_are_consistent() -> None:
     assert set(RELEASED_DEFAULTS) <= set(VALUE_ALIASES["MODEL.META_ARCHITECTURE"])
 
 
-needs_model = pytest.mark.skipif(
-    importlib.util.find_spec("vis.modeling.meta_arch") is None, reason="the models are not in this checkout"
-)
+# Strict: the mark has to go as soon as the Swin backbone declares its keys.
+without_swin = pytest.mark.xfail(strict=True, reason="MODEL.SWIN comes with the Swin backbone")
 
 
-@needs_model
 @pytest.mark.parametrize(
-    ("name", "queries", "size"), [("video_maskformer2_R50_bs32_8ep_frame", 100, 360), ("swin", 200, 480)]
+    ("name", "queries", "size"),
+    [("video_maskformer2_R50_bs32_8ep_frame", 100, 360), pytest.param("swin", 200, 480, marks=without_swin)],
 )
 def test_released_files_load_unchanged(released: Path, name: str, queries: int, size: int) -> None:
-    from vis.engine import load_cfg
-
     cfg = load_cfg(str(released / f"{name}.yaml"))
     assert cfg.MODEL.META_ARCHITECTURE == "MinVIS"
     found = (cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES, cfg.INPUT.MIN_SIZE_TEST)
@@ -226,12 +223,47 @@ def test_released_files_load_unchanged(released: Path, name: str, queries: int, 
     assert cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model"
 
 
-@needs_model
 def test_released_names_on_the_command_line(released: Path) -> None:
-    from vis.engine import load_cfg
-
     file = str(released / "video_maskformer2_R50_bs32_8ep_frame.yaml")
     cfg = load_cfg(file, ["MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD", "0.5", "MODEL.MASK_FORMER.TEST.MAX_NUM", "7"])
     assert cfg.MODEL.MASK_FORMER.TEST.MAX_NUM == 7
     with pytest.raises(ValueError, match="SEMANTIC_ON"):
         load_cfg(file, ["MODEL.MASK_FORMER.TEST.SEMANTIC_ON", "True"])
+
+
+PUBLISHED = {
+    "minvis/ytvis19_r50.yaml": (40, 32, 6000, (4000,), 360, 10),
+    "minvis/ytvis21_r50.yaml": (40, 32, 8000, (5500,), 360, 10),
+    "minvis/ovis_r50.yaml": (25, 32, 10000, (7000,), 360, 10),
+    "coco/instance_r50.yaml": (80, 16, 368750, (327778, 355092), 800, 100),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_our_files_have_the_published_values(project_root: Path, name: str) -> None:
+    cfg = load_cfg(str(project_root / "configs" / name))
+    solver, test = cfg.SOLVER, cfg.MODEL.MASK_FORMER.TEST
+    found = (cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, solver.IMS_PER_BATCH, solver.MAX_ITER, tuple(solver.STEPS))
+    assert (*found, cfg.INPUT.MIN_SIZE_TEST, test.MAX_NUM) == PUBLISHED[name]
+    assert (solver.BASE_LR, solver.WEIGHT_DECAY, solver.BACKBONE_MULTIPLIER) == (1e-4, 0.05, 0.1)
+    assert (solver.CLIP_GRADIENTS.CLIP_TYPE, solver.CLIP_GRADIENTS.CLIP_VALUE) == ("full_model", 0.01)
+    assert test.MASK_SCORE is name.startswith("coco")
+
+
+def test_our_file_means_what_the_released_one_means(project_root: Path, released: Path) -> None:
+    ours = load_cfg(str(project_root / "configs" / "minvis" / "ovis_r50.yaml"))
+    theirs = load_cfg(str(released / "video_maskformer2_R50_bs32_8ep_frame.yaml"))
+    for section in (
+        "RESNETS",
+        "BACKBONE",
+        "SEM_SEG_HEAD",
+        "MASK_FORMER",
+        "PIXEL_MEAN",
+        "PIXEL_STD",
+        "META_ARCHITECTURE",
+    ):
+        assert ours.MODEL[section] == theirs.MODEL[section], section
+    assert ours.SOLVER == theirs.SOLVER
+    assert ours.DATASETS == theirs.DATASETS
+    different = {key for key in ours.INPUT if ours.INPUT[key] != theirs.INPUT[key]}
+    assert different <= {"SAMPLING_FRAME_RANGE"}  # without meaning where a clip has one frame

@@ -10,7 +10,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import nn
 
-from vis.engine.benchmarks.common import Settings, build, repeat, spread, summary, synchronize, video
+from vis.engine.benchmarks.common import Settings, build, repeat, spread, synchronize, video
 from vis.structures import VideoPrediction
 from vis.structures.rle import encode_masks
 
@@ -63,11 +63,9 @@ def measure_inference(settings: Settings) -> dict[str, Any]:
             parts[name].append(clock.seconds)
 
     with torch.no_grad():
-        seconds = repeat(settings, run)
-    per_frame = [value / frames for value in seconds]
+        total = repeat(settings, run, scale=1 / frames)
     split = {name: float(np.median(values[settings.warmup :])) / frames for name, values in parts.items()}
     split["rle"] = _encoding_seconds(predictions[0]) / frames
-    total = summary(per_frame)
     split["masks"] = max(total["median"] - sum(split.values()), 0.0)
     return {
         "seconds_per_frame": total,

@@ -26,7 +26,7 @@ RATIO_BAR = 1.1
 
 
 def measure_memory(settings: Settings) -> dict[str, Any]:
-    """Peaks for every length in ``settings.frames``, each in a process of its own, and the longest's to the shortest's."""
+    """Peaks for every length in ``settings.frames``, each in a process of its own, and the ratio of the extremes."""
     runs = [in_subprocess("memory:run_once", replace(settings, frames=(length,))) for length in sorted(settings.frames)]
     result: dict[str, Any] = {"runs": runs, "ratio": runs[-1]["peak_mib"] / runs[0]["peak_mib"], "bar": RATIO_BAR}
     if runs[0]["device_peak_mib"] is not None:

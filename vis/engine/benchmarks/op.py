@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vis.engine.benchmarks.common import Settings, repeat, spread, summary
+from vis.engine.benchmarks.common import Settings, repeat, spread
 from vis.layers.ms_deform_attn import ms_deform_attn
 
 HEADS, CHANNELS, POINTS, STRIDES = 8, 32, 4, (8, 16, 32)
@@ -26,15 +26,15 @@ def measure_op(settings: Settings) -> dict[str, Any]:
         for size in SIZES:
             arguments, leaves = encoder_inputs(size, settings.device)
             with torch.no_grad():
-                forward = repeat(settings, partial(backend, *arguments))
-            both = repeat(settings, partial(_forward_backward, backend, arguments, leaves))
+                forward = repeat(settings, partial(backend, *arguments), scale=1e3)
+            both = repeat(settings, partial(_forward_backward, backend, arguments, leaves), scale=1e3)
             rows.append(
                 {
                     "backend": name,
                     "input": list(size),
                     "tokens": arguments[0].shape[1],
-                    "forward": summary([1e3 * value for value in forward]),
-                    "forward_backward": summary([1e3 * value for value in both]),
+                    "forward": forward,
+                    "forward_backward": both,
                 }
             )
     return {"rows": rows, "heads": HEADS, "channels": CHANNELS, "points": POINTS, "strides": list(STRIDES)}
