@@ -62,26 +62,21 @@ def ms_deform_attn(
     # Row of `value`, seen as a table (N*S*M, D), and weight of the four neighbours of every sample. One embedding_bag
     # then gathers, weights and adds: it keeps D contiguous and stores no sample, unlike grid_sample per level.
     device, dtype = value.device, sampling_locations.dtype
+    integer = torch.int32 if n * s * m < 2**31 else torch.int64
     size = torch.tensor([[w, h] for h, w in shapes], device=device)  # (L, 2) as (w, h)
-    start = torch.tensor(starts, device=device)[:, None]  # (L, 1)
+    start = torch.tensor(starts, device=device, dtype=integer)[:, None]  # (L, 1)
+    image = torch.arange(n, device=device, dtype=integer).view(n, 1, 1, 1, 1) * s
+    head = torch.arange(m, device=device, dtype=integer).view(1, 1, m, 1, 1)
     position = sampling_locations * size.to(dtype)[:, None] - 0.5  # (N, Lq, M, L, P, 2), pixel centres at integers
-    corner = position.floor()
-    fraction = position - corner
-    # Far outside the level nothing is sampled; clamping first keeps the integers in range for any input.
-    corner = torch.minimum(torch.maximum(corner, corner.new_tensor(-2.0)), size.to(dtype)[:, None] + 1).long()
-    image = torch.arange(n, device=device).view(n, 1, 1, 1, 1) * s
-    head = torch.arange(m, device=device).view(1, 1, m, 1, 1)
-    width, height = size[:, 0, None], size[:, 1, None]  # (L, 1)
+    columns = _neighbours(position[..., 0], size[:, 0, None], integer)
+    lines = _neighbours(position[..., 1], size[:, 1, None], integer)
+    width = size[:, 0, None].to(integer)
     rows, weights = [], []
-    for dy in (0, 1):
-        for dx in (0, 1):
-            x, y = corner[..., 0] + dx, corner[..., 1] + dy
-            inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            share_x = fraction[..., 0] if dx else 1 - fraction[..., 0]
-            share_y = fraction[..., 1] if dy else 1 - fraction[..., 1]
-            row = start + y.clamp(min=0).minimum(height - 1) * width + x.clamp(min=0).minimum(width - 1)
-            rows.append((image + row) * m + head)
-            weights.append(share_x * share_y * attention_weights * inside)
+    for y, share_y in lines:
+        line, share = (y * width + (start + image)) * m + head, share_y * attention_weights
+        for x, share_x in columns:
+            rows.append(line + x * m)
+            weights.append(share_x * share)
     bags = (n * lq * m, 4 * levels * points)
     out = F.embedding_bag(
         torch.stack(rows, dim=-1).view(bags),
@@ -90,6 +85,19 @@ def ms_deform_attn(
         mode="sum",
     )
     return out.view(n, lq, m * d)
+
+
+def _neighbours(position: Tensor, size: Tensor, integer: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """The two cells beside ``position`` along one axis of ``size`` cells, and their shares; 0 for a cell outside."""
+    lower = position.floor()
+    share = position - lower
+    both = []
+    for cell, weight in ((lower, 1 - share), (lower + 1, share)):
+        inside = (cell >= 0) & (cell < size)
+        # Clamped while still a float: positions far outside would not fit the integer.
+        index = torch.minimum(cell.clamp(min=0), size - 1).to(integer)
+        both.append((index, weight * inside))
+    return both
 
 
 def _check_sizes(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:
