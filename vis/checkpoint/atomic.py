@@ -59,8 +59,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
             raise OSError(
                 cause.errno,
                 f"no space left to write {path} ({os.strerror(cause.errno or 0)}); what was written before is intact. "
-                "Free some space (SOLVER.CHECKPOINT_KEEP N keeps only the last N checkpoints of a training), then continue "
-                "with --resume",
+                "Free some space (in a training, SOLVER.CHECKPOINT_KEEP N keeps only the last N checkpoints), then "
+                "continue with --resume",
             ) from error
         if handle.error is not None:
             raise handle.error from error

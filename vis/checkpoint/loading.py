@@ -126,8 +126,9 @@ def _advice(path: str, problems: Iterable[str], matched: int, total: int) -> str
     return (
         f"{path} does not fit this model ({matched} of its {total} tensors match):\n"
         + "\n".join(problems)
-        + "\nUse the weights of this architecture and stage, or the config that these weights were trained with. To "
-        "train a stage that starts from an earlier one, name the new parts: MODEL.WEIGHTS_ALLOW_MISSING \"['tracker.']\""
+        + "\nUse the weights of this architecture and stage, or the config that these weights were trained with. "
+        "To train a stage that starts from an earlier one, name the new parts: "
+        "MODEL.WEIGHTS_ALLOW_MISSING \"['tracker.']\""
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import logging
 import os
@@ -19,6 +20,7 @@ import yaml
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException
 
 from vis.checkpoint import write_text_atomic
 from vis.config import CfgNode
@@ -55,7 +57,7 @@ def argument_parser(description: str = "") -> argparse.ArgumentParser:
         epilog=_EXAMPLES.format(prog=os.path.relpath(sys.argv[0]) if sys.argv[0] else "train_net.py"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="the yaml to run")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="the yaml to run (needed)")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR, if there is one"
     )
@@ -84,6 +86,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None 
             parser.error(
                 f"{word} stands after the KEY VALUE pairs, where flags are not read: put all flags before them"
             )
+    if not args.config_file:
+        parser.error("--config-file FILE is needed; configs/ holds the ones of this project")
     if len(args.opts) % 2:
         parser.error(f"overrides must be pairs KEY VALUE, found an odd number of words: {' '.join(args.opts)}")
     return args
@@ -159,6 +163,15 @@ def _version(name: str) -> str:
     return getattr(importlib.import_module(name), "__version__", "?")
 
 
+def _traceback_to_file() -> None:
+    """The traceback goes to ``log.txt``, not to the screen."""
+    root = logging.getLogger("vis")
+    record = root.makeRecord(root.name, logging.ERROR, __file__, 0, "stopped by", (), sys.exc_info())
+    for handler in root.handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream not in (sys.stdout, sys.stderr):
+            handler.handle(record)
+
+
 def run_tool(function: Callable[..., Any], *args: Any, debug: bool = False) -> int:
     """Call ``function`` and turn the errors that a user can cause into one message and exit status 1.
 
@@ -166,9 +179,12 @@ def run_tool(function: Callable[..., Any], *args: Any, debug: bool = False) -> i
     """
     try:
         function(*args)
+    except ProcessExitedException as error:  # one of several processes, which has printed its own message
+        return error.exit_code or 1
     except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             raise
+        _traceback_to_file()
         where = traceback.extract_tb(error.__traceback__)[-1]
         print(f"error: {error}", file=sys.stderr)
         print(

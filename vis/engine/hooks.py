@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import importlib
+import importlib.util
 import logging
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -160,8 +161,11 @@ def _history(storage: EventStorage, name: str) -> Any:
 
 
 def peak_memory(cuda: bool) -> float:
-    """Peak memory in MiB: of the CUDA device, else the resident set of this process."""
+    """Peak memory in MiB: of the CUDA device, else the resident set of this process; nan where the system hides it."""
     if cuda:
         return torch.cuda.max_memory_allocated() / 2**20
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return float("nan")
+    resource = importlib.import_module("resource")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

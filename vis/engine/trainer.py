@@ -94,6 +94,8 @@ class Trainer(TrainerBase):
             FileNotFoundError, ValueError: a file is missing, damaged, or not of this model.
         """
         path = last_checkpoint(self.folder) if resume else None
+        if len(found := set(comm.all_gather(path))) > 1:
+            raise ValueError(f"the processes see different checkpoints ({found}): OUTPUT_DIR must be a shared folder")
         weights = self.cfg.MODEL.WEIGHTS
         if path is not None:
             if weights:
@@ -185,6 +187,8 @@ class Trainer(TrainerBase):
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in remove_temporary_files(self.folder):
                 logger.info("removed %s, which a killed process left half-written", stale)
+        for name in self.cfg.DATASETS.TEST if comm.is_main_process() else ():
+            _check_test_set(self.cfg, name)
         if self.start_iter < self.max_iter:
             self._loader = build_train_loader(self.cfg, start_iter=self.start_iter)
             self._first = next(self._loader)
@@ -344,6 +348,14 @@ def evaluate_only(cfg: CfgNode, *, resume: bool = False) -> OrderedDict[str, Any
     load_weights(model, weights)
     model.eval()
     return evaluate(cfg, model)
+
+
+def _check_test_set(cfg: CfgNode, name: str) -> None:
+    """Find out before the training, not after it, that there is nothing to evaluate on."""
+    try:
+        build_test_loader(cfg, name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'{error} (DATASETS.TEST "()" trains without evaluation)') from error
 
 
 def _mixed_precision(cfg: CfgNode, device: torch.device) -> tuple[torch.dtype | None, torch.amp.GradScaler | None]:
