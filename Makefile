@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 PY := $(VENV)/bin/python
 WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist worksteal
 
 # One thread for each process: workers run side by side, and results do not depend on the number of cores.
 export OMP_NUM_THREADS ?= 1
@@ -24,7 +25,7 @@ demo-weights: setup ## make the checkpoint that the demo continues from, anew (l
 	@"$(PY)" tools/run_demo.py --make-weights
 
 test: setup ## all tests
-	@"$(PY)" -m pytest -n $(WORKERS)
+	@"$(PY)" -m pytest $(PARALLEL)
 
 check: lint types layers duplicates fast-tests ## the gates: lint, format, types, layers, duplicate blocks, fast tests
 
@@ -42,8 +43,9 @@ duplicates: setup
 	@"$(PY)" tools/check_duplicates.py
 
 fast-tests: setup
-	@"$(PY)" -m pytest -n $(WORKERS) -m "not slow"
+	@"$(PY)" -m pytest $(PARALLEL) -m "not slow"
 
 clean: ## remove caches and build leftovers; keeps the environment, data sets and results
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
-	find vis tools tests datasets -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf datasets/__pycache__
+	find vis tools tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
