@@ -6,8 +6,8 @@ import logging
 
 from detectron2.solver.lr_scheduler import LRMultiplier, WarmupParamScheduler
 from fvcore.common.param_scheduler import (
-    ConstantParamScheduler,
     CosineParamScheduler,
+    LinearParamScheduler,
     MultiStepParamScheduler,
     ParamScheduler,
 )
@@ -108,7 +108,7 @@ def _multi_step(steps: list[int], gamma: float, max_iter: int) -> ParamScheduler
     if len(used) != len(steps):
         logger.warning("SOLVER.STEPS %s: only %s lie inside the training of %d iterations", list(steps), used, max_iter)
     if not used:
-        return ConstantParamScheduler(1.0)
+        return LinearParamScheduler(1.0, 1.0)
     return MultiStepParamScheduler(
         [gamma**drops for drops in range(len(used) + 1)], milestones=used, num_updates=max_iter
     )
