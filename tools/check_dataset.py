@@ -14,6 +14,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from vis.config import get_cfg
+from vis.data.custom import register_custom
 from vis.data.problems import Problem
 from vis.data.registration import get_dataset
 from vis.data.ytvis_check import DatasetReport, check_ytvis_json
@@ -48,9 +50,7 @@ def _check(args: argparse.Namespace) -> DatasetReport:
     if args.json is not None:
         return check_ytvis_json(args.json, args.root, file_format=args.format, decode_images=args.decode)
     if args.config_file is not None:
-        from vis.engine import load_cfg
-
-        load_cfg(args.config_file)
+        _register_custom(args.config_file)
     dataset = get_dataset(args.name)
     return check_ytvis_json(
         dataset.json_file,
@@ -59,6 +59,16 @@ def _check(args: argparse.Namespace) -> DatasetReport:
         expected=dataset.expected,
         decode_images=args.decode,
     )
+
+
+def _register_custom(config_file: str) -> None:
+    """Registers ``DATASETS.CUSTOM`` of a yaml; not by ``load_cfg``, which opens the json that may be broken."""
+    from vis.engine.config import read_yaml_tree
+
+    cfg = get_cfg()
+    datasets = read_yaml_tree(config_file).get("DATASETS")
+    cfg.DATASETS.CUSTOM = (datasets.get("CUSTOM") if isinstance(datasets, dict) else None) or []
+    register_custom(cfg)
 
 
 def _print(report: DatasetReport, limit: int | None) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,8 +16,6 @@ from vis.data.categories import Categories, class_colors, class_names, contiguou
 from vis.data.paths import first_existing
 from vis.data.problems import DatasetError, ProblemLog
 from vis.data.ytvis_format import Expected, Record, load_ytvis_json, read_categories, read_json
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -169,13 +166,12 @@ def get_dataset(name: str) -> VideoDataset:
     )
 
 
-def class_names_of(names: Mapping[str, Any] | list[str] | tuple[str, ...]) -> list[str]:
+def class_names_of(names: Sequence[str]) -> list[str]:
     """The classes that several data sets share, in contiguous order.
 
     Raises:
         ValueError: no name was given, a name is unknown, or the data sets have different classes.
     """
-    names = list(names)
     if not names:
         raise ValueError("no data set was named: set DATASETS.TRAIN or DATASETS.TEST")
     classes = {name: class_names(get_dataset(name).known_categories()) for name in names}

@@ -43,12 +43,15 @@ def decode(rle: Mapping[str, Any]) -> np.ndarray:
     """Decodes one RLE, compressed or not.
 
     Returns:
-        (H, W) bool.
+        (H, W) bool, columns contiguous.
 
     Raises:
         ValueError: the counts do not describe a mask of the given size.
     """
-    return coco_mask.decode(_checked(rle)).astype(bool)
+    runs = run_lengths(rle)
+    height, width = _size(rle)
+    inside = np.arange(runs.size) % 2 == 1
+    return np.repeat(inside, runs).reshape(width, height).T
 
 
 def run_lengths(rle: Mapping[str, Any]) -> np.ndarray:
@@ -63,8 +66,8 @@ def run_lengths(rle: Mapping[str, Any]) -> np.ndarray:
     height, width = _size(rle)
     counts = rle.get("counts")
     if isinstance(counts, (list, tuple)):
-        if not all(type(count) is int for count in counts):
-            raise ValueError("the run lengths of an uncompressed RLE must be whole numbers")
+        if not all(type(count) is int and count <= MAX_PIXELS for count in counts):
+            raise ValueError("the run lengths of an uncompressed RLE must be whole numbers of 31 bits")
         runs = np.array(counts, dtype=np.int64)
     elif isinstance(counts, (str, bytes)):
         runs = _parse_counts(counts.encode("utf-8") if isinstance(counts, str) else counts)

@@ -125,19 +125,20 @@ def _check_masks(records: Iterable[Record], log: ProblemLog) -> None:
                         log.warn(place, f"frame {frame}: the mask is empty; write null where an object is absent")
                 except ValueError as error:
                     log.error(place, f"frame {frame}: {error}")
-                _check_box(box, record, log, f"{place}, frame {frame}")
+                _check_box(box, record, log, place, frame)
             if not visible:
                 log.warn(place, "is in no frame; it is never trained on")
 
 
-def _check_box(box: Sequence[float] | None, record: Record, log: ProblemLog, place: str) -> None:
+def _check_box(box: Sequence[float] | None, record: Record, log: ProblemLog, place: str, frame: int) -> None:
     if box is None:
         return
     x, y, w, h = box
     if x < -1 or y < -1 or x + w > record["width"] + 1 or y + h > record["height"] + 1:
-        log.warn(place, f"the box {box} leaves the frame; is it [x1, y1, x2, y2]? The format is [x, y, width, height]")
+        question = "is it [x1, y1, x2, y2]? The format is [x, y, width, height]"
+        log.warn(place, f"frame {frame}: the box {box} leaves the picture; {question}")
     elif w == 0 or h == 0:
-        log.warn(place, f"the box {box} is of zero size")
+        log.warn(place, f"frame {frame}: the box {box} is of zero size")
 
 
 def _check_pictures(records: Iterable[Record], image_root: str, log: ProblemLog, *, every: bool) -> None:
@@ -190,7 +191,7 @@ def _levels(levels: list[Any] | None, masks: list[Any]) -> Iterable[str]:
 def _table(counts: dict[str, int], columns: int = 3) -> list[str]:
     """Class names with counts, the most frequent first, in columns."""
     items = sorted(counts.items(), key=lambda item: -item[1])
-    width = max(len(name) for name, _ in items)
+    width = max((len(name) for name, _ in items), default=0)
     cells = [f"{name:<{width}} {count:>7}" for name, count in items]
     rows = -(-len(cells) // columns)
     return ["  " + "   ".join(cells[row::rows]) for row in range(rows)]

@@ -51,6 +51,8 @@ class TrackReader:
                 log.error(f"annotation {number}", f"belongs to video {video!r}, which is not in 'videos'")
                 continue
             record = self._records[video]
+            if not categories:
+                continue  # none could be read, which is reported once
             if not _plain(entry.get("category_id")) or entry["category_id"] not in categories:
                 place = self._place(record, number)
                 log.error(place, f"is of category {entry.get('category_id')!r}, which is not in 'categories'")
