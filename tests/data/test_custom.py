@@ -117,6 +117,17 @@ def test_same_name_with_other_values_is_refused(name: str, root: Path) -> None:
         register_custom(cfg_of(entry, entry))
 
 
+def test_one_json_divided_by_video(name: str, root: Path) -> None:
+    video = {"height": 6, "width": 8, "length": 1, "file_names": ["0.jpg"]}
+    write(root / "my.json", {"ant": 31}, videos=[{"id": number, **video} for number in (1, 4, 6)])
+    entry = {"JSON": "my.json", "ROOT": "frames"}
+    register_custom(cfg_of({"NAME": name, **entry, "VIDEOS": [6, 1]}, {"NAME": f"{name}_v", **entry, "VIDEOS": [4, 5]}))
+    assert [record["video_id"] for record in DatasetCatalog.get(name)] == [1, 6]
+    assert MetadataCatalog.get(name).video_ids == (1, 6)
+    with pytest.raises(ValueError, match="video 5 is not in .*my.json; it has 1, 4, 6"):
+        DatasetCatalog.get(f"{name}_v")
+
+
 def test_sets_used_together_must_agree(name: str, root: Path) -> None:
     write(root / "my2.json", {"cat": 8, "bee": 31})
     register_custom(
@@ -150,6 +161,9 @@ GOOD = {"NAME": "mine_bad", "JSON": "my.json", "ROOT": "frames"}
         ({**GOOD, "SPILT": "train"}, "unknown key 'SPILT'. Did you mean 'SPLIT'?"),
         ({**GOOD, "SPLIT": "training"}, "SPLIT 'training' is not one of train, val, test. Did you mean 'train'?"),
         ({**GOOD, "FORMAT": "lvis"}, "FORMAT 'lvis' is not one of ytvis, coco"),
+        ({**GOOD, "VIDEOS": []}, r"VIDEOS must be a list of different video ids, found \[\]"),
+        ({**GOOD, "VIDEOS": ["1"]}, "VIDEOS must be a list of different video ids"),
+        ({**GOOD, "VIDEOS": [1, 1]}, "VIDEOS must be a list of different video ids"),
         ({**GOOD, "NAME": ""}, "NAME must be a text that is not empty, found ''"),
         ({**GOOD, "ROOT": None}, "ROOT must be a text that is not empty, found None"),
         ({**GOOD, "SPLIT": 3}, "SPLIT must be a text that is not empty, found 3"),

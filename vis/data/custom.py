@@ -7,6 +7,7 @@
           ROOT: my_data/frames              # the folder that file_names in the json are relative to
           SPLIT: train                      # optional: train (annotations must be there), val, test
           FORMAT: ytvis                     # optional: ytvis (default) or coco (every image a video of one frame)
+          VIDEOS: [3, 5, 8]                 # optional: only the videos of these ids, to divide one json by video
       TRAIN: ("my_train",)
 
 Categories, and with them NUM_CLASSES, come from the json.
@@ -25,13 +26,14 @@ from vis.data.ytvis_format import FORMATS
 __all__ = ["add_config", "class_names_of", "num_classes_of", "register_custom"]
 
 _REQUIRED = ("NAME", "JSON", "ROOT")
-_KEYS = (*_REQUIRED, "SPLIT", "FORMAT")
+_TEXTS = (*_REQUIRED, "SPLIT", "FORMAT")
+_KEYS = (*_TEXTS, "VIDEOS")
 _SPLITS = ("train", "val", "test")
 
 
 @declare
 def add_config(cfg: CfgNode) -> None:
-    """``DATASETS.CUSTOM``: data sets to register, a list of {NAME, JSON, ROOT, SPLIT, FORMAT}."""
+    """``DATASETS.CUSTOM``: data sets to register, a list of {NAME, JSON, ROOT, SPLIT, FORMAT, VIDEOS}."""
     cfg.DATASETS.CUSTOM = []
 
 
@@ -64,7 +66,7 @@ def _dataset(entry: Any, place: str) -> VideoDataset:
             raise ValueError(
                 f"{place} has the unknown key {key!r}.{closest(str(key), _KEYS)} Known: {', '.join(_KEYS)}"
             )
-    for key in _KEYS:
+    for key in _TEXTS:
         if key in _REQUIRED and key not in entry:
             raise ValueError(f"{place} lacks the key {key}; it needs {', '.join(_REQUIRED)}")
         if not isinstance(entry.get(key, ""), str) or (key in _REQUIRED and not entry[key].strip()):
@@ -77,4 +79,10 @@ def _dataset(entry: Any, place: str) -> VideoDataset:
     name = entry["NAME"]
     if name in builtin_datasets():
         raise ValueError(f"{place}: the name {name!r} belongs to a known data set; choose another")
-    return VideoDataset(name, (entry["JSON"],), (entry["ROOT"],), file_format, split)
+    videos = entry.get("VIDEOS")
+    if videos is not None:
+        good = isinstance(videos, (list, tuple)) and videos and all(type(video) is int for video in videos)
+        if not good or len(set(videos)) != len(videos):
+            raise ValueError(f"{place}: VIDEOS must be a list of different video ids, found {videos!r}")
+        videos = tuple(sorted(videos))
+    return VideoDataset(name, (entry["JSON"],), (entry["ROOT"],), file_format, split, videos=videos)

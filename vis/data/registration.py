@@ -31,6 +31,7 @@ class VideoDataset:
         split: ``"train"`` (annotations must be there), ``"val"``, ``"test"`` or "" (nothing is known).
         categories: known beforehand, or None: those of the json.
         coco_map: (COCO id, id in ``categories``) pairs, see :class:`vis.data.ytvis_format.Expected`.
+        videos: ids of the videos that belong to it, or None: all of the json.
     """
 
     name: str
@@ -40,6 +41,7 @@ class VideoDataset:
     split: str = ""
     categories: Categories | None = None
     coco_map: tuple[tuple[int, int], ...] | None = None
+    videos: tuple[int, ...] | None = None
 
     @property
     def json_file(self) -> str:
@@ -67,13 +69,21 @@ class VideoDataset:
 
     def __call__(self) -> list[Record]:
         """Reads the records; see :func:`vis.data.ytvis_format.load_ytvis_json`."""
-        return load_ytvis_json(
+        records = load_ytvis_json(
             self.json_file,
             self.image_root,
             dataset_name=self.name,
             file_format=self.file_format,
             expected=self.expected,
         )
+        return records if self.videos is None else self._chosen(records, self.videos)
+
+    def _chosen(self, records: list[Record], videos: tuple[int, ...]) -> list[Record]:
+        unknown = sorted(set(videos) - {record["video_id"] for record in records})
+        if unknown:
+            ids = ", ".join(str(record["video_id"]) for record in records[:10]) + (", ..." if len(records) > 10 else "")
+            raise ValueError(f"data set {self.name!r}: video {unknown[0]} is not in {self.json_file}; it has {ids}")
+        return [record for record in records if record["video_id"] in videos]
 
 
 class VideoMetadata(Metadata):
@@ -105,6 +115,11 @@ class VideoMetadata(Metadata):
     def thing_colors(self) -> list[tuple[int, int, int]]:
         """One RGB colour per class."""
         return class_colors(len(self.dataset.known_categories()))
+
+    @property
+    def video_ids(self) -> tuple[int, ...] | None:
+        """Ids of the videos of the json that belong to the data set, None where all do: evaluation counts no other."""
+        return self.dataset.videos
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as a dict; needs the files of the data set."""
