@@ -107,7 +107,9 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(f"OUTPUT_DIR {folder} cannot be made a folder: a file has that name ({error})") from error
     comm.synchronize()
+    setup_logger.cache_clear()  # a second job in one process has a log of its own
     for name in ("fvcore", "detectron2", "vis"):
+        logging.getLogger(name).handlers.clear()
         setup_logger(str(folder), distributed_rank=rank, name=name)
     logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
     logger.info("Environment: %s", environment())
