@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--make-weights", action="store_true", help="train the small checkpoint instead (about an hour)")
+    parser.add_argument(
+        "--make-weights", action="store_true", help="train the small checkpoint instead (about an hour)"
+    )
     parser.add_argument("--config-file", metavar="FILE", help="default: the one in configs/demo for what is run")
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="values that override the config")

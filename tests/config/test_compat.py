@@ -202,13 +202,9 @@ def test_tables_are_consistent() -> None:
     assert set(RELEASED_DEFAULTS) <= set(VALUE_ALIASES["MODEL.META_ARCHITECTURE"])
 
 
-# Strict: the mark has to go as soon as the Swin backbone declares its keys.
-without_swin = pytest.mark.xfail(strict=True, reason="MODEL.SWIN comes with the Swin backbone")
-
-
 @pytest.mark.parametrize(
     ("name", "queries", "size"),
-    [("video_maskformer2_R50_bs32_8ep_frame", 100, 360), pytest.param("swin", 200, 480, marks=without_swin)],
+    [("video_maskformer2_R50_bs32_8ep_frame", 100, 360), ("swin", 200, 480)],
 )
 def test_released_files_load_unchanged(released: Path, name: str, queries: int, size: int) -> None:
     cfg = load_cfg(str(released / f"{name}.yaml"))

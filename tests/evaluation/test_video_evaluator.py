@@ -80,6 +80,16 @@ def test_writes_results_with_the_data_sets_ids_and_measures_them(dataset: Path, 
     assert evaluator.result is not None
 
 
+def test_only_the_chosen_videos_of_a_json_count(dataset: Path, predict: Make, tmp_path: Path) -> None:
+    MetadataCatalog.get(NAME).set(video_ids=(7,))
+    evaluator = VideoEvaluator(NAME, tmp_path / "out")
+    evaluator.reset()
+    evaluator.process([sample(7)], [predict(7, [(2, 0.9, [A] * 4)])])
+    results = evaluator.evaluate()["segm"]
+    assert (results["AP"], results["AP-class1"]) == (100.0, 100.0)
+    assert results["AP-class5"] == -1.0  # its only object is in the video that is left out
+
+
 def test_line_instead_of_ap_without_annotations(
     dataset: Path, predict: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -48,6 +48,6 @@ def get_cfg() -> CfgNode:
 
 
 def closest(name: str, candidates: Iterable[str]) -> str:
-    """A hint for an error message: `` Did you mean 'X'?`` with the candidate nearest to ``name``, or an empty string."""
+    """A hint for an error message: `` Did you mean 'X'?`` with the nearest candidate, or an empty string."""
     near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -6,10 +6,12 @@ meta-architecture < ``_BASE_`` files (in the order given) < the yaml < the comma
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import logging
 import os
+import sys
 from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +47,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     overrides, more = translate(_tree_of_opts(opts))
     for message in dict.fromkeys([*messages, *more]):
         logger.info("%s: %s", config_file, message)
-    _import_parts(overrides.get("IMPORTS", tree.get("IMPORTS", [])), Path(config_file).parent)
+    _import_parts(overrides.get("IMPORTS", tree.get("IMPORTS", [])))
 
     cfg = get_cfg()
     name = overrides.get("MODEL", {}).get("META_ARCHITECTURE") or tree.get("MODEL", {}).get("META_ARCHITECTURE")
@@ -58,11 +60,13 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 
 def read_yaml_tree(path: str | os.PathLike[str], _chain: tuple[Path, ...] = ()) -> Tree:
-    """The nested dict of a yaml file merged over its ``_BASE_`` files (a name or a list of names, relative to the file)."""
+    """The nested dict of a yaml file, merged over its ``_BASE_`` files (one or a list, relative to the file)."""
     file = Path(path).expanduser()
     if not file.is_file():
         via = f" (named as {BASE_KEY} in {_chain[-1]})" if _chain else ""
-        raise FileNotFoundError(f"config file {str(path)!r} does not exist{via}; configs/ holds the ones of this project")
+        raise FileNotFoundError(
+            f"config file {str(path)!r} does not exist{via}; configs/ holds the ones of this project"
+        )
     file = file.resolve()
     if file in _chain:
         raise ValueError(f"{BASE_KEY} goes in a circle: {' -> '.join(str(f) for f in (*_chain, file))}")
@@ -74,6 +78,8 @@ def read_yaml_tree(path: str | os.PathLike[str], _chain: tuple[Path, ...] = ()) 
         tree = {}
     if not isinstance(tree, dict):
         raise ValueError(f"{file} holds a {type(tree).__name__}, expected a tree of KEY: value")
+    if isinstance(tree.get("IMPORTS"), list):  # a file means the same wherever a yaml is used as a base
+        tree["IMPORTS"] = [_beside(file, name) for name in tree["IMPORTS"]]
     bases = tree.pop(BASE_KEY, [])
     merged: Tree = {}
     for base in [bases] if isinstance(bases, str) else bases:
@@ -81,6 +87,10 @@ def read_yaml_tree(path: str | os.PathLike[str], _chain: tuple[Path, ...] = ()) 
         _update(merged, read_yaml_tree(file.parent / base_path, (*_chain, file)))
     _update(merged, tree)
     return merged
+
+
+def _beside(file: Path, name: Any) -> Any:
+    return str(file.parent / Path(name).expanduser()) if isinstance(name, str) and name.endswith(".py") else name
 
 
 def _update(into: Tree, tree: Mapping[str, Any]) -> None:
@@ -93,11 +103,15 @@ def _update(into: Tree, tree: Mapping[str, Any]) -> None:
 
 def _tree_of_opts(opts: Sequence[str]) -> Tree:
     if len(opts) % 2:
-        raise ValueError(f"overrides must be pairs KEY VALUE KEY VALUE ..., got an odd number: {' '.join(map(str, opts))}")
+        raise ValueError(
+            f"overrides must be pairs KEY VALUE KEY VALUE ..., got an odd number: {' '.join(map(str, opts))}"
+        )
     tree: Tree = {}
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if str(key).startswith("-"):
-            raise ValueError(f"{key!r} stands where a config KEY is expected: give options (--...) before the KEY VALUE pairs")
+            raise ValueError(
+                f"{key!r} stands where a config KEY is expected: give options (--...) before the KEY VALUE pairs"
+            )
         node = tree
         *parents, leaf = key.split(".")
         for parent in parents:
@@ -115,20 +129,32 @@ def _decode(value: Any) -> Any:
         return value
 
 
-def _import_parts(modules: Any, folder: Path) -> None:
+def _import_parts(modules: Any) -> None:
+    """Import modules by name, and ``.py`` files by path, once each however often a configuration is loaded."""
     for name in modules:
         if not isinstance(name, str):
             raise ValueError(f"IMPORTS must be a list of module names or .py files, found {name!r}")
         if not name.endswith(".py"):
             importlib.import_module(name)
             continue
-        file = (folder / name).resolve()
+        file = Path(name).resolve()
         if not file.is_file():
             raise FileNotFoundError(f"IMPORTS names {name!r}, but {file} does not exist")
-        spec = importlib.util.spec_from_file_location(f"vis_imports_{file.stem}", file)
-        if spec is None or spec.loader is None:
-            raise ValueError(f"IMPORTS names {file}, which Python cannot load as a module")
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        module = f"vis_imports_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}_{file.stem}"
+        if module not in sys.modules:
+            _run_file(file, module)
+
+
+def _run_file(file: Path, module: str) -> None:
+    spec = importlib.util.spec_from_file_location(module, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"IMPORTS names {file}, which Python cannot load as a module")
+    sys.modules[module] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(sys.modules[module])
+    except BaseException:
+        del sys.modules[module]
+        raise
 
 
 def _method_defaults(name: str) -> Tree:
@@ -164,7 +190,9 @@ def _check_key(cfg: CfgNode, path: tuple[str, ...], value: Any, source: str) -> 
     for depth, key in enumerate(path):
         dotted = ".".join(path[: depth + 1])
         if not isinstance(node, CfgNode):
-            raise ValueError(f"{source}: {'.'.join(path[:depth])} is a value, not a group of keys, so {dotted} cannot be set")
+            raise ValueError(
+                f"{source}: {'.'.join(path[:depth])} is a value, not a group of keys, so {dotted} cannot be set"
+            )
         if key not in node:
             raise ValueError(f"{source}: unknown config key {dotted}.{closest(key, node)}")
         node = node[key]
@@ -194,6 +222,6 @@ def _follow_data_sets(cfg: CfgNode, explicit: bool) -> None:
     if not names or (explicit and names[0] not in custom):
         return
     found = num_classes_of(names[0])
-    if explicit and head.NUM_CLASSES != found:
+    if explicit and found != head.NUM_CLASSES:
         logger.warning("NUM_CLASSES %d is replaced by %d: %s has %d", head.NUM_CLASSES, found, names[0], found)
     head.NUM_CLASSES = found

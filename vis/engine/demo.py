@@ -54,7 +54,8 @@ def run_demo(args: argparse.Namespace) -> None:
         f"AP on the held-out clips of {', '.join(cfg.DATASETS.TEST)}: {_ap(before)} before, {_ap(after)} after.",
         *_curve(folder),
         f"Pictures:   {', '.join(str(path) for path in pictures)} (predictions beside the ground truth)",
-        f"Results:    {folder}/inference/results.json     Log and curves: {folder}/log.txt, tensorboard --logdir {folder}",
+        f"Results:    {folder}/inference/results.json",
+        f"Log:        {folder}/log.txt, curves by: tensorboard --logdir {folder}",
         "Next:       python tools/demo.py --help            draw tracks on your own video",
         "            README.md                              train on YouTube-VIS, OVIS or your own data",
     ]

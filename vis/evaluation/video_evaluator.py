@@ -167,11 +167,21 @@ class VideoEvaluator(DatasetEvaluator):
                 f"{self.output_dir / 'results.json'}; `python tools/evaluate.py --gt ... --results ...` measures them."
             ) from error
         if isinstance(content, Mapping) and "videos" in content:
-            return content
+            return self._chosen(content)
         return self._from_records(DatasetCatalog.get(self.dataset_name))
+
+    def _chosen(self, content: Mapping[str, Any]) -> Mapping[str, Any]:
+        """``content`` with the videos that the data set consists of, where it is a part of its json."""
+        chosen = MetadataCatalog.get(self.dataset_name).get("video_ids")
+        if chosen is None:
+            return content
+        parts = {"videos": "id", "annotations": "video_id"}
+        kept = {key: [e for e in content.get(key) or () if e.get(of) in chosen] for key, of in parts.items()}
+        return {**content, **kept, "annotations": kept["annotations"] if content.get("annotations") else None}
 
     def _from_records(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         names = MetadataCatalog.get(self.dataset_name).thing_classes
+        annotated = any("annotations" in record for record in records)
         return {
             "videos": [
                 {"id": r["video_id"], "height": r["height"], "width": r["width"], "length": r["length"]}
@@ -182,7 +192,9 @@ class VideoEvaluator(DatasetEvaluator):
                 {**a, "video_id": r["video_id"], "category_id": self._category_ids[a["category_id"]]}
                 for r in records
                 for a in r.get("annotations") or ()
-            ],
+            ]
+            if annotated
+            else None,
         }
 
 

@@ -22,7 +22,7 @@ class VideoPrediction:
     Attributes:
         scores: (N,) float32 in [0, 1].
         labels: (N,) int64, contiguous class indices 0..K-1.
-        track_ids: (N,) int64; predictions of one physical track (a query may be reported with several classes) share it.
+        track_ids: (N,) int64; predictions of one query, which may be reported with several classes, share it.
         masks: for each track a list of ``length`` RLEs at ``height`` x ``width``, None where the track has no pixel.
         height, width: size of the original frames in pixels.
         length: number of frames.

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from vis.modeling.backbones.build import build_backbone
+from vis.modeling.backbones.swin import D2SwinTransformer
 
-__all__ = ["build_backbone"]
+__all__ = ["D2SwinTransformer", "build_backbone"]
