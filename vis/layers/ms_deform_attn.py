@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +22,17 @@ def shape_pairs(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
     Raises:
         ValueError: a tensor on an accelerator was given; reading it would stall the device at every call.
     """
-    if isinstance(spatial_shapes, Tensor):
-        if spatial_shapes.device.type != "cpu":
-            raise ValueError(
-                f"spatial_shapes lies on {spatial_shapes.device}; pass (h, w) pairs of Python ints or a CPU tensor, "
-                "so that no call has to wait for the device"
-            )
-        spatial_shapes = spatial_shapes.tolist()
-    return [(int(h), int(w)) for h, w in spatial_shapes]
+    return [(int(h), int(w)) for h, w in _on_host(spatial_shapes, "spatial_shapes")]
+
+
+def _on_host(values: Sequence[Any] | Tensor, name: str) -> Sequence[Any]:
+    if not isinstance(values, Tensor):
+        return values
+    if values.device.type != "cpu":
+        raise ValueError(
+            f"{name} lies on {values.device}; pass Python ints or a CPU tensor, so that no call waits for the device"
+        )
+    return values.tolist()
 
 
 def ms_deform_attn(
@@ -54,10 +58,10 @@ def ms_deform_attn(
         ValueError: the sizes do not fit one another.
     """
     shapes = shape_pairs(spatial_shapes)
+    starts = [int(start) for start in _on_host(level_start_index, "level_start_index")]
+    _check_sizes(value, shapes, starts, sampling_locations, attention_weights)
     n, s, m, d = value.shape
     lq, levels, points = sampling_locations.shape[1], sampling_locations.shape[3], sampling_locations.shape[4]
-    _check_sizes(value, shapes, sampling_locations, attention_weights)
-    starts = level_start_index.tolist() if isinstance(level_start_index, Tensor) else list(level_start_index)
 
     # Row of `value`, seen as a table (N*S*M, D), and weight of the four neighbours of every sample. One embedding_bag
     # then gathers, weights and adds: it keeps D contiguous and stores no sample, unlike grid_sample per level.
@@ -93,17 +97,29 @@ def _neighbours(position: Tensor, size: Tensor, integer: torch.dtype) -> list[tu
     share = position - lower
     both = []
     for cell, weight in ((lower, 1 - share), (lower + 1, share)):
-        inside = (cell >= 0) & (cell < size)
-        # Clamped while still a float: positions far outside would not fit the integer.
-        index = torch.minimum(cell.clamp(min=0), size - 1).to(integer)
-        both.append((index, weight * inside))
+        outside = (cell < 0) | (cell >= size)
+        # Filled while still a float: positions far outside, and NaN, would not fit the integer. A share is filled, not
+        # multiplied by 0: it is NaN where the position has overflowed. A NaN position is not outside and stays visible.
+        index = cell.masked_fill(outside | cell.isnan(), 0).to(integer)
+        both.append((index, weight.masked_fill(outside, 0)))
     return both
 
 
-def _check_sizes(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:
+def _check_sizes(
+    value: Tensor, shapes: list[tuple[int, int]], starts: list[int], locations: Tensor, weights: Tensor
+) -> None:
+    if value.dim() != 4 or locations.dim() != 6:
+        raise ValueError(
+            f"value is {tuple(value.shape)} and sampling_locations {tuple(locations.shape)}, "
+            "expected (N, S, M, D) and (N, Lq, M, L, P, 2)"
+        )
     total = sum(h * w for h, w in shapes)
     if total != value.shape[1]:
         raise ValueError(f"value has {value.shape[1]} rows, but the levels {shapes} need {total}")
+    if len(starts) != len(shapes) or any(
+        not 0 <= start <= total - h * w for start, (h, w) in zip(starts, shapes, strict=False)
+    ):
+        raise ValueError(f"level_start_index is {starts}, which does not place the levels {shapes} in {total} rows")
     expected = (value.shape[0], locations.shape[1], value.shape[2], len(shapes), locations.shape[4], 2)
     if tuple(locations.shape) != expected:
         raise ValueError(f"sampling_locations is {tuple(locations.shape)}, expected (N, Lq, M, L, P, 2) = {expected}")

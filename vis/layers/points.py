@@ -16,9 +16,7 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False).squeeze(3)
 
 
-def uncertain_points(
-    logits: Tensor, num_points: int, oversample_ratio: float, importance_ratio: float
-) -> Tensor:
+def uncertain_points(logits: Tensor, num_points: int, oversample_ratio: float, importance_ratio: float) -> Tensor:
     """Points for the mask losses, most of them where a mask is undecided.
 
     ``oversample_ratio * num_points`` uniform points are drawn per mask and the ``importance_ratio`` share of

@@ -10,6 +10,7 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a tensor made in inference mode could not serve training later
 def sine_position_encoding(
     height: int, width: int, num_channels: int, device: torch.device, temperature: float = 10000.0
 ) -> Tensor:

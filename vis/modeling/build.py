@@ -30,9 +30,15 @@ def resolve_device(name: str) -> torch.device:
     """The device that ``MODEL.DEVICE`` asks for; "auto" is CUDA where there is a device, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"MODEL.DEVICE is {name!r}, but this machine has no CUDA device; use MODEL.DEVICE cpu (or auto)")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"MODEL.DEVICE is {name!r}, expected cpu, cuda, cuda:0 ... or auto") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            there = f"{count} CUDA device{'s' * (count > 1)}" if count else "no CUDA device"
+            raise ValueError(f"MODEL.DEVICE is {name!r}, but this machine has {there}; use MODEL.DEVICE cpu (or auto)")
     return device
 
 

@@ -1,4 +1,4 @@
-"""The set criterion of the Mask2Former family (Cheng et al., CVPR 2022, section 3.3), without dense masks of all queries.
+"""The set criterion of the Mask2Former family (Cheng et al., CVPR 2022, section 3.3), without all dense masks.
 
 A mask logit is the inner product of a query's mask embedding with the mask features, and bilinear sampling is linear.
 So matching samples the *features* at the points once per image and multiplies them with the embeddings of all layers,
@@ -74,7 +74,7 @@ class SetCriterion(nn.Module):
         }
 
     def forward(self, outputs: DecoderOutput, targets: Sequence[MaskTargets]) -> dict[str, Tensor]:
-        """Weighted losses of N images: ``loss_ce``, ``loss_mask``, ``loss_dice`` and the same with ``_{i}`` per layer."""
+        """Weighted losses of N images: ``loss_ce``, ``loss_mask``, ``loss_dice``, and with ``_{i}`` per layer."""
         layers = [*outputs["aux_outputs"], outputs]
         class_logits = torch.stack([layer["pred_logits"] for layer in layers]).float()  # (layers, N, Q, K+1)
         mask_embeds = torch.stack([layer["mask_embeds"] for layer in layers])  # (layers, N, Q, C)
@@ -166,7 +166,7 @@ class SetCriterion(nn.Module):
     @staticmethod
     @torch.no_grad()
     def _sample_targets(masks: Tensor, instances: Tensor, points: Tensor) -> Tensor:
-        """Ground truth (layers*n, P) at ``points`` (layers*n, P, 2); each instance's mask is read once for all layers."""
+        """Ground truth (layers*n, P) at ``points`` (layers*n, P, 2); a mask is read once for all layers."""
         out = points.new_empty(points.shape[:2])
         flat = instances.flatten()
         for instance, mask in enumerate(masks):

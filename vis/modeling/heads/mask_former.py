@@ -38,7 +38,7 @@ class MaskFormerHead(nn.Module):
         head = cfg.MODEL.SEM_SEG_HEAD
         if head.NUM_CLASSES < 1:
             raise ValueError(
-                "MODEL.SEM_SEG_HEAD.NUM_CLASSES is 0 and no data set in DATASETS.TRAIN or DATASETS.TEST gives it; set it"
+                "MODEL.SEM_SEG_HEAD.NUM_CLASSES is 0 and no data set in DATASETS.TRAIN or TEST gives it; set it"
             )
         decoder = lookup(PIXEL_DECODER_REGISTRY, head.PIXEL_DECODER_NAME, "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME")
         name = cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME

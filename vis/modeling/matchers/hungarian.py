@@ -23,7 +23,7 @@ def linear_assignment(cost: Tensor) -> Pairs:
             f"{bad} of {cost.numel()} matching costs are not finite: the network's outputs have overflowed. "
             "Lower SOLVER.BASE_LR, or use SOLVER.AMP.DTYPE bfloat16 instead of float16"
         )
-    rows, columns = linear_sum_assignment(cost.cpu().numpy())
+    rows, columns = linear_sum_assignment(cost.detach().cpu().numpy())
     return torch.as_tensor(rows, dtype=torch.int64), torch.as_tensor(columns, dtype=torch.int64)
 
 

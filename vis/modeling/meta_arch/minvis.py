@@ -49,6 +49,8 @@ class MinVIS(nn.Module):
     ) -> None:
         """Args: ``window_size`` frames per pass at test time; ``max_num`` results per video."""
         super().__init__()
+        if window_size < 1:
+            raise ValueError(f"MODEL.MASK_FORMER.TEST.WINDOW_SIZE is {window_size}, expected at least 1 frame")
         self.backbone, self.sem_seg_head, self.normalizer = segmenter
         self.criterion = criterion
         self.tracker = tracker
@@ -136,14 +138,16 @@ class MinVISSession:
         self._logits: Tensor | None = None  # (Q, K+1), sum over the frames
         self._store = MaskStore()
         self._input_size: tuple[int, int] | None = None
+        self._closed = False
 
     @torch.no_grad()
     def push(self, frames: Sequence[Tensor]) -> None:
         """Take the next frames, each (3, H, W), RGB 0..255; all frames of a video have one size.
 
         Raises:
-            ValueError: a frame has another size than the first.
+            ValueError: a frame has another size than the first (none is taken then), or the session is closed.
         """
+        self._check_open()
         model = self._model
         for frame in frames:
             size = (int(frame.shape[-2]), int(frame.shape[-1]))
@@ -162,8 +166,9 @@ class MinVISSession:
         """The result; the session is over.
 
         Raises:
-            ValueError: no frame was pushed.
+            ValueError: no frame was pushed, or the session is closed.
         """
+        self._check_open()
         if self._logits is None or self._input_size is None:
             raise ValueError("the video has no frame: push at least one before close")
         model, length = self._model, len(self._store)
@@ -178,6 +183,7 @@ class MinVISSession:
             device=model.device,
             with_mask_score=model.mask_score,
         )
+        self._closed = True
         with self._store:
             for frame in range(length):
                 writer.add(self._store.read(frame, kept.tolist()))
@@ -185,3 +191,7 @@ class MinVISSession:
             scores = scores * writer.mask_scores()[row]
         masks = [writer.tracks[i] for i in row.tolist()]
         return VideoPrediction(scores, labels, queries, masks, *self._output_size, length, self._video_id)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the video is closed: open another with open_video")

@@ -80,6 +80,7 @@ class Encoder(nn.Module):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a tensor made in inference mode could not serve training later
 def cell_centres(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """(1, S, 1, 2): the centre (x, y) in 0..1 of every cell of every level; cached, not to be changed in place."""
     points = []
@@ -133,16 +134,18 @@ class MSDeformAttnPixelDecoder(nn.Module):
     ) -> None:
         """Args: ``input_shape`` gives channels and stride of each backbone feature that is used, by name."""
         super().__init__()
+        absent = [name for name in transformer_in_features if name not in input_shape]
+        if absent:
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES names {absent}; "
+                f"MODEL.SEM_SEG_HEAD.IN_FEATURES has {list(input_shape)}"
+            )
         by_stride = sorted(input_shape, key=lambda name: input_shape[name].stride)
         # Coarse to fine, as the level index of the released weights counts.
         self.transformer_in_features = [name for name in reversed(by_stride) if name in transformer_in_features]
         self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(input_shape[name].channels, conv_dim, 1), nn.GroupNorm(_groups(conv_dim), conv_dim))
-            for name in self.transformer_in_features
+            _projection(input_shape[name].channels, conv_dim) for name in self.transformer_in_features
         )
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
         self.transformer = DeformableTransformer(
             embed_dim=conv_dim,
             num_levels=len(self.transformer_in_features),
@@ -154,7 +157,15 @@ class MSDeformAttnPixelDecoder(nn.Module):
         )
         finest = min(input_shape[name].stride for name in self.transformer_in_features)
         num_fpn_levels = int(math.log2(finest) - math.log2(common_stride))
-        self.fpn_in_features = by_stride[:num_fpn_levels]
+        # Each step of the FPN doubles the size, down to the stride of the mask features.
+        self.fpn_in_features = by_stride[: max(num_fpn_levels, 0)]
+        strides = [input_shape[name].stride for name in self.fpn_in_features]
+        if num_fpn_levels < 0 or strides != [common_stride * 2**i for i in range(num_fpn_levels)]:
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE is {common_stride}: between it and the finest level of the encoder, "
+                f"of stride {finest}, every stride needs a feature; IN_FEATURES has "
+                f"{ {name: input_shape[name].stride for name in by_stride} }"
+            )
         for i, name in enumerate(self.fpn_in_features, start=1):
             self.add_module(f"adapter_{i}", _conv(input_shape[name].channels, conv_dim, 1, norm))
             self.add_module(f"layer_{i}", _conv(conv_dim, conv_dim, 3, norm, activation=F.relu))
@@ -203,6 +214,13 @@ class MSDeformAttnPixelDecoder(nn.Module):
 def _groups(channels: int) -> int:
     """32 groups as released; fewer for narrow models, so that a group keeps at least 8 channels."""
     return math.gcd(32, max(channels // 8, 1))
+
+
+def _projection(in_channels: int, out_channels: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, 1)
+    nn.init.xavier_uniform_(conv.weight)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # there is one: bias=True
+    return nn.Sequential(conv, nn.GroupNorm(_groups(out_channels), out_channels))
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str, activation: Any = None) -> Conv2d:

@@ -107,8 +107,18 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         super().__init__()
         self.num_heads, self.num_layers, self.num_levels = num_heads, num_layers, num_levels
         self.deep_supervision = deep_supervision
-        attention = {"embed_dim": hidden_dim, "num_heads": num_heads, "dropout": dropout, "pre_norm": pre_norm}
-        feedforward = {"embed_dim": hidden_dim, "hidden_dim": feedforward_dim, "dropout": dropout, "pre_norm": pre_norm}
+        attention: dict[str, Any] = {
+            "embed_dim": hidden_dim,
+            "num_heads": num_heads,
+            "dropout": dropout,
+            "pre_norm": pre_norm,
+        }
+        feedforward: dict[str, Any] = {
+            "embed_dim": hidden_dim,
+            "hidden_dim": feedforward_dim,
+            "dropout": dropout,
+            "pre_norm": pre_norm,
+        }
         self.transformer_self_attention_layers = nn.ModuleList(
             SelfAttentionLayer(**attention) for _ in range(num_layers)
         )
