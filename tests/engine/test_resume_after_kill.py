@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from vis.checkpoint import read_checkpoint
+from vis.data.synthetic import generate
 from vis.engine.state import LAST, all_checkpoints, last_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -26,14 +27,14 @@ EVALUATION = ["DATASETS.TEST", "['training_stub_test']", "TEST.EVAL_PERIOD", "4"
 class Processes:
     """Real processes that start in a tenth of a second: see ``training_stub.serve``."""
 
-    def __init__(self, stub_path: str, errors: Path) -> None:
-        self.errors = errors
+    def __init__(self, stub_path: str, folder: Path) -> None:
+        self.errors = folder / "errors.txt"
         self.server = subprocess.Popen(
             [sys.executable, str(Path(stub_path) / "training_stub.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=errors.open("w"),
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=self.errors.open("w"),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DETECTRON2_DATASETS": str(folder)},
             text=True,
         )
 
@@ -54,7 +55,9 @@ class Processes:
 @pytest.fixture(scope="module")
 def processes(stub_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """The server, which ends when its input does."""
-    processes = Processes(stub_path, tmp_path_factory.mktemp("server") / "errors.txt")
+    folder = tmp_path_factory.mktemp("server")
+    generate("synthetic_ytvis", folder, num_videos={"train": 4, "val": 1})
+    processes = Processes(stub_path, folder)
     yield processes
     assert processes.server.stdin is not None
     processes.server.stdin.close()
@@ -135,6 +138,22 @@ def test_kill_at_any_time(
     assert_same(final(folder), reference)
 
 
+def test_a_real_model_is_killed_and_resumed(processes: Processes, project_root: Path, tmp_path: Path) -> None:
+    """The tiny MinVIS of the demo, killed and with two workers, against the one with neither."""
+    config = project_root / "configs" / "demo" / "minvis_synthetic.yaml"
+    opts = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "12"]
+    opts += ["SOLVER.CHECKPOINT_PERIOD", "4", "TEST.EVAL_PERIOD", "4", "OUTPUT_DIR"]
+    assert processes.train(config, [*opts, str(tmp_path / "through")]) == 0
+    folder = tmp_path / "killed"
+    killed = [*opts, str(folder), "DATALOADER.NUM_WORKERS", "2"]
+    assert processes.train(config, killed, die_at=11) == -signal.SIGKILL  # in the flush after the second checkpoint
+    assert_all_load(folder)
+    processes.train(config, killed, kill_after=0.6)
+    assert_all_load(folder)
+    assert processes.train(config, killed) == 0
+    assert_same(final(folder), final(tmp_path / "through"))
+
+
 def test_the_tool_is_killed_and_resumed(
     stub_path: str, stub_config: Callable[[str], Path], tmp_path: Path, project_root: Path, reference: dict[str, Any]
 ) -> None:
@@ -146,7 +165,7 @@ def test_the_tool_is_killed_and_resumed(
         [*command, "MODEL.STUB.SLEEP", "0.3"], cwd=project_root, env=environment, stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
-    while not (folder / "model_0000003.pth").exists():
+    while not (folder / "last_checkpoint").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)

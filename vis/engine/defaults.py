@@ -117,9 +117,11 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     _settle_seed(cfg, resume=getattr(args, "resume", False))
     text = plain_config(cfg)
     logger.info("Config %s, in full:\n%s", getattr(args, "config_file", ""), text)
-    if comm.is_main_process() and not getattr(args, "eval_only", False):
-        write_text_atomic(text, folder / CONFIG_FILE)
-        logger.info("Full config saved to %s", folder / CONFIG_FILE)
+    path = folder / CONFIG_FILE
+    # An evaluation in the folder of a training leaves the config of the training.
+    if comm.is_main_process() and not (getattr(args, "eval_only", False) and path.exists()):
+        write_text_atomic(text, path)
+        logger.info("Full config saved to %s", path)
     seed_all_rng(cfg.SEED + rank)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not getattr(args, "eval_only", False)
     if cfg.SOLVER.DETERMINISTIC:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import logging
 import math
@@ -178,6 +177,7 @@ class Trainer(TrainerBase):
                     self.run_step()
                     self.after_step()
                 self.iter = self.max_iter
+                self._loader = iter(())  # ends the workers before the last evaluation
             finally:
                 self.after_train()
         return self.results
@@ -230,7 +230,6 @@ class Trainer(TrainerBase):
 
     def _evaluate(self) -> OrderedDict[str, Any]:
         self.results = evaluate(self.cfg, self.module)
-        self.module.train()
         return self.results
 
     def run_step(self) -> None:
@@ -320,7 +319,6 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> OrderedDict[str, Any]:
         folder = Path(cfg.OUTPUT_DIR) / "inference" / (name if len(names) > 1 else "")
         found = inference_on_dataset(model, build_test_loader(cfg, name), build_evaluator(cfg, name, folder))
         results[name] = found or OrderedDict()
-        gc.collect()
     return results[names[0]] if len(names) == 1 else results
 
 
