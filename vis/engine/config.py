@@ -50,7 +50,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     _import_parts(overrides.get("IMPORTS", tree.get("IMPORTS", [])))
 
     cfg = get_cfg()
-    name = overrides.get("MODEL", {}).get("META_ARCHITECTURE") or tree.get("MODEL", {}).get("META_ARCHITECTURE")
+    name = _value(overrides, "MODEL", "META_ARCHITECTURE") or _value(tree, "MODEL", "META_ARCHITECTURE")
     _merge(cfg, _method_defaults(name or cfg.MODEL.META_ARCHITECTURE), f"DEFAULTS of {name}")
     _merge(cfg, tree, str(config_file))
     _merge(cfg, overrides, "the command line")
@@ -80,9 +80,12 @@ def read_yaml_tree(path: str | os.PathLike[str], _chain: tuple[Path, ...] = ()) 
         raise ValueError(f"{file} holds a {type(tree).__name__}, expected a tree of KEY: value")
     if isinstance(tree.get("IMPORTS"), list):  # a file means the same wherever a yaml is used as a base
         tree["IMPORTS"] = [_beside(file, name) for name in tree["IMPORTS"]]
-    bases = tree.pop(BASE_KEY, [])
+    bases = tree.pop(BASE_KEY, None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{file}: {BASE_KEY} must be a file name or a list of them, found {bases!r}")
     merged: Tree = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         base_path = Path(os.path.expanduser(base))
         _update(merged, read_yaml_tree(file.parent / base_path, (*_chain, file)))
     _update(merged, tree)
@@ -95,10 +98,17 @@ def _beside(file: Path, name: Any) -> Any:
 
 def _update(into: Tree, tree: Mapping[str, Any]) -> None:
     for key, value in tree.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _update(into[key], value)
+        if isinstance(into.get(key), dict) and (value is None or isinstance(value, Mapping)):
+            _update(into[key], value or {})  # None: a group that is named without a key in it
         else:
             into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _value(tree: Any, *path: str) -> Any:
+    """The value at ``path``, None where the tree has none."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def _tree_of_opts(opts: Sequence[str]) -> Tree:
@@ -112,11 +122,10 @@ def _tree_of_opts(opts: Sequence[str]) -> Tree:
             raise ValueError(
                 f"{key!r} stands where a config KEY is expected: give options (--...) before the KEY VALUE pairs"
             )
-        node = tree
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = _decode(value)
+        nested = _decode(value)
+        for part in reversed(str(key).split(".")):
+            nested = {part: nested}
+        _update(tree, nested)
     return tree
 
 
@@ -131,9 +140,11 @@ def _decode(value: Any) -> Any:
 
 def _import_parts(modules: Any) -> None:
     """Import modules by name, and ``.py`` files by path, once each however often a configuration is loaded."""
-    for name in modules:
-        if not isinstance(name, str):
-            raise ValueError(f"IMPORTS must be a list of module names or .py files, found {name!r}")
+    names = modules if isinstance(modules, (list, tuple)) else [modules]
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong or names is not modules:
+        raise ValueError(f"IMPORTS must be a list of module names or .py files, found {modules!r}")
+    for name in names:
         if not name.endswith(".py"):
             importlib.import_module(name)
             continue
@@ -165,11 +176,15 @@ def _method_defaults(name: str) -> Tree:
 
 
 def _merge(cfg: CfgNode, tree: Tree, source: str) -> None:
-    leaves = list(_leaves(tree))
+    leaves = [
+        (path, value)
+        for path, value in _leaves(tree)
+        if value is not None or not isinstance(_value(cfg, *path), CfgNode)
+    ]  # without groups that are named and empty
     for path, value in leaves:
         _check_key(cfg, path, value, source)
     for path, value in leaves:
-        if isinstance(value, int) and not isinstance(value, bool) and isinstance(_get(cfg, path), float):
+        if isinstance(value, int) and not isinstance(value, bool) and isinstance(_value(cfg, *path), float):
             value = float(value)  # `BASE_LR: 1` is a number like any other to whoever writes yaml
         try:
             cfg.merge_from_list([".".join(path), value])
@@ -196,19 +211,12 @@ def _check_key(cfg: CfgNode, path: tuple[str, ...], value: Any, source: str) -> 
         if key not in node:
             raise ValueError(f"{source}: unknown config key {dotted}.{closest(key, node)}")
         node = node[key]
-    if isinstance(node, CfgNode) and value is not None:
+    if isinstance(node, CfgNode):
         raise ValueError(f"{source}: {'.'.join(path)} is a group of keys, it cannot be set to {value!r}")
 
 
-def _get(cfg: CfgNode, path: tuple[str, ...]) -> Any:
-    node: Any = cfg
-    for key in path:
-        node = node[key]
-    return node
-
-
 def _has_num_classes(tree: Tree) -> bool:
-    return bool(tree.get("MODEL", {}).get("SEM_SEG_HEAD", {}).get("NUM_CLASSES"))
+    return bool(_value(tree, "MODEL", "SEM_SEG_HEAD", "NUM_CLASSES"))
 
 
 def _follow_data_sets(cfg: CfgNode, explicit: bool) -> None:
