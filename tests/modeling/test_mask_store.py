@@ -109,6 +109,7 @@ def test_writer_equals_resize_crop_resize() -> None:
     torch.manual_seed(1)
     frames = [torch.randn(4, 8, 16), torch.randn(4, 8, 16)]
     frames[1][2] = -1  # empty in the second frame
+    frames[0][1] *= 0.1  # weak logits are inside as well
     frames[0][3] = -1
     frames[0][3, 7, 15] = 5  # only in the padding
     out = writer()

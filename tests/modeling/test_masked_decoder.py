@@ -66,8 +66,8 @@ def test_a_forbidden_row_is_opened() -> None:
     features = torch.tensor([[[1.0, 2.0, 3.0]]])  # (1, 1, 3)
     embeds = torch.tensor([[[-1.0], [1.0], [0.0]]])
     assert attention_mask(embeds, features)[0, 0].tolist() == [[True] * 3] * 3
-    features = torch.tensor([[[-1.0, 2.0, -3.0]]])
-    expected = [[True, False, True], [False, True, False], [True, True, True]]  # a logit of 0 is inside
+    features = torch.tensor([[[-1.0, 2.0, 0.0]]])
+    expected = [[True, False, True], [False, True, True], [True, True, True]]  # a logit of 0 is inside
     assert attention_mask(embeds, features)[0, 0].tolist() == expected
 
 

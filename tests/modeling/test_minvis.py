@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -148,14 +149,53 @@ def test_videos_of_different_sizes(model: MinVIS) -> None:
     assert {tuple(rle["size"]) for track in found[1].masks for rle in track if rle} == {(61, 33)}
 
 
-def test_open_sessions_do_not_mix(model: MinVIS) -> None:
+def order_of(image: Tensor) -> Tensor:
+    """An order of the queries that depends on what is in the frame."""
+    seed = round(float(image.double().sum()) * 10) % 2**31
+    return torch.randperm(QUERIES, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def shuffled(model: MinVIS, monkeypatch: pytest.MonkeyPatch) -> MinVIS:
+    """The model with its queries in another order in every frame."""
+    segment = model.segment
+
+    def in_another_order(images: Tensor) -> Any:
+        out, orders = segment(images), torch.stack([order_of(image) for image in images])
+        for name in ("pred_logits", "pred_embeds", "mask_embeds"):
+            out[name] = torch.stack([x[order] for x, order in zip(out[name], orders, strict=True)])
+        return out
+
+    monkeypatch.setattr(model, "segment", in_another_order)
+    return model
+
+
+def with_track_ids(found: VideoPrediction, ids: Tensor) -> VideoPrediction:
+    return replace(found, track_ids=ids[found.track_ids])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, FRAMES])
+def test_tracks_follow_queries_that_change_places(
+    model: MinVIS, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, size: int
+) -> None:
+    """Within a window and from one to the next: only the first frame decides how tracks are numbered."""
+    frames = video(2)
+    (expected,) = model([clip(frames)])
+    shuffled = request.getfixturevalue("shuffled")
+    monkeypatch.setattr(shuffled, "window_size", size)
+    orders = [order_of(image) for image in shuffled.normalizer(frames)]
+    assert len({tuple(order.tolist()) for order in orders}) == FRAMES
+    assert_same(with_track_ids(shuffled([clip(frames)])[0], orders[0]), expected)
+
+
+def test_open_sessions_do_not_mix(shuffled: MinVIS) -> None:
     videos = [video(1), video(5)]
-    sessions = [model.open_video(*ORIGINAL, video_id=i) for i in range(2)]
+    sessions = [shuffled.open_video(*ORIGINAL, video_id=i) for i in range(2)]
     for t in range(FRAMES):
         for session, frames in zip(sessions, videos, strict=True):
             session.push([frames[t]])
     for i in (1, 0):
-        assert_same(sessions[i].close(), model([clip(videos[i])])[0])
+        assert_same(sessions[i].close(), shuffled([clip(videos[i])])[0])
 
 
 def test_lazy_frames_are_read_once_in_order(model: MinVIS) -> None:
@@ -194,9 +234,9 @@ def test_wrong_use_of_a_session(model: MinVIS) -> None:
     with pytest.raises(ValueError, match=r"a frame is \(40, 71\), the first of the video was \(40, 72\)"):
         session.push([frames[2], frames[3][..., :-1]])
     assert session.close().length == 2  # the push that failed took nothing
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(ValueError, match="open another with open_video"):
         session.close()
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(ValueError, match="open another with open_video"):
         session.push(frames[:1])
 
 
