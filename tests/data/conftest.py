@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vis.data.rle import encode
+from vis.structures.rle import encode
 
 #: Left, top, right, bottom of an object in a frame, None where it is absent.
 Place = tuple[int, int, int, int] | None

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from vis.data.problems import DatasetError
-from vis.data.rle import encode
 from vis.data.ytvis_check import check_ytvis_json
 from vis.data.ytvis_format import load_ytvis_json
+from vis.structures.rle import encode
 
 Tree = dict[str, Any]
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vis.data.rle import area, decode, to_box
 from vis.data.synthetic import CATEGORIES, PRESETS, generate, occlusion_level
 from vis.data.synthetic import writer as synthetic_writer
 from vis.data.synthetic.png import encode_png
@@ -24,6 +23,7 @@ from vis.data.synthetic.render import Frame, render_frame
 from vis.data.synthetic.scene import Scene
 from vis.data.synthetic.shapes import EXTENT, SHAPES, TEXTURES
 from vis.data.synthetic.writer import video_scene
+from vis.structures.rle import area, decode, to_box
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = {"train": 7, "val": 2}

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 
-from vis.data import rle
 from vis.data.categories import Category
 from vis.data.problems import DatasetError
 from vis.data.ytvis_format import Expected, load_ytvis_json
+from vis.structures import rle
+from vis.structures.polygons import segmentation_to_mask
 
 HEIGHT, WIDTH = 11, 13
 
@@ -95,7 +95,7 @@ def test_every_form_of_mask_is_the_same_mask(tmp_path: Path, mask: np.ndarray) -
     track = load(tmp_path, tree)[0]["annotations"][0]
     assert track["segmentations"] == [code, code, polygon]
     assert track["bboxes"] == [[3, 2, 7, 4]] * 3, "made of the masks where the json has none"
-    masks = [rle.segmentation_to_mask(each, HEIGHT, WIDTH) for each in track["segmentations"]]
+    masks = [segmentation_to_mask(each, HEIGHT, WIDTH) for each in track["segmentations"]]
     np.testing.assert_array_equal(masks[0], mask)
     np.testing.assert_array_equal(masks[1], mask)
     mask[4, 4] = True
@@ -140,40 +140,3 @@ def test_categories_that_differ_are_refused(tmp_path: Path) -> None:
 def test_unknown_format(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown data set format 'yolo'; known are ytvis, coco"):
         load(tmp_path, {}, file_format="yolo")
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_rle_agrees_with_pycocotools(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    mask = generator.random((37, 53 + seed)) < (0.02, 0.5, 0.98, 0.0)[seed]
-    code = rle.encode(mask)
-    assert isinstance(code["counts"], str)
-    np.testing.assert_array_equal(rle.decode(code), mask)
-    np.testing.assert_array_equal(rle.decode({**code, "counts": code["counts"].encode()}), mask)
-    assert rle.area(code) == mask.sum() == coco_mask.area(code)
-    runs = rle.run_lengths(code).tolist()
-    assert rle.compress({"size": code["size"], "counts": runs}) == code
-    assert rle.to_box(code) == coco_mask.toBbox(code).tolist()
-    np.testing.assert_array_equal(rle.decode(rle.merge([code, rle.encode(~mask)])), np.ones_like(mask))
-
-
-@pytest.mark.parametrize("counts", ["", "0", "~~~~", "é", "zzzzzzzzzzzz", "112", [5], [-1, 60], ["a"], 5, None])
-def test_damaged_counts_are_refused_before_decoding(counts: Any) -> None:
-    """pycocotools would write past its buffer with some of these."""
-    with pytest.raises(ValueError, match="run length|counts"):
-        rle.decode({"size": [7, 8], "counts": counts})
-
-
-@pytest.mark.parametrize("size", [None, [7], [7.0, 8], [0, 8], [2**20, 2**20]])
-def test_wrong_size_is_refused(size: Any) -> None:
-    with pytest.raises(ValueError, match="size"):
-        rle.decode({"size": size, "counts": [56]})
-
-
-def test_masks_of_another_size_are_refused() -> None:
-    code = rle.encode(np.ones((7, 8), dtype=bool))
-    with pytest.raises(ValueError, match="the RLE is of size 7x8, the frame is 8x7"):
-        rle.segmentation_to_mask(code, 8, 7)
-    with pytest.raises(ValueError, match=r"\(2, 7, 8\)"):
-        rle.encode(np.ones((2, 7, 8)))
-    assert not rle.segmentation_to_mask(None, 3, 4).any()

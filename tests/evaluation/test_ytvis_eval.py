@@ -16,7 +16,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from vis.evaluation import NoGroundTruth, ResultsError, evaluate_ytvis
-from vis.evaluation.rle_runs import BadRLE, rle_areas
 from vis.evaluation.ytvis_eval import AREA_RANGES, NAMES, tube_iou
 from vis.evaluation.ytvis_io import make_track
 
@@ -212,24 +211,3 @@ def test_tube_iou_equals_pixels() -> None:
     expected = [[(d & o).sum() / (d | o).sum() for o in objects] for d in detections]
     found = tube_iou([track(d) for d in detections], [track(o) for o in objects])
     np.testing.assert_array_equal(found, expected)
-
-
-def test_areas_of_codes() -> None:
-    rng = np.random.default_rng(5)
-    masks = [rng.random((19, 29)) < p for p in (0, 0.02, 0.5, 0.98, 1)]
-    masks.append(np.zeros((19, 29), bool))
-    masks[-1][:, 9:25] = True  # long runs: several characters each
-    codes = [mask_utils.encode(np.asfortranarray(m, np.uint8))["counts"] for m in masks]
-    assert rle_areas(codes, 19 * 29).tolist() == [int(m.sum()) for m in masks]
-    assert rle_areas([], 5).tolist() == []
-    for index, code in enumerate(codes):
-        with pytest.raises(BadRLE) as error:
-            rle_areas([*codes[:index], code + b"1"], 19 * 29)
-        assert error.value.index == index
-
-
-@pytest.mark.parametrize("code", [b"", b"\xff\xfe", b"P", b"PPPPPPPPPP1", b"00", b"o", b"Q4"])
-def test_damaged_code(code: bytes) -> None:
-    with pytest.raises(BadRLE) as error:
-        rle_areas([b"57", code] if code else [b"", b"57"], 12)
-    assert error.value.index == (1 if code else 0)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vis.data.rle import encode
 from vis.structures import VideoPrediction
+from vis.structures.rle import encode
 from vis.visualization import VideoWriter, read_image, read_video, track_color
 
 HEIGHT, WIDTH, LENGTH = 40, 64, 4

@@ -15,7 +15,6 @@ from vis.config import CfgNode, declare
 from vis.data.color import COLOR_KINDS
 from vis.data.frame_reader import FrameSource, frame_source
 from vis.data.frame_sampling import FrameSampler, build_frame_sampler
-from vis.data.rle import segmentation_to_mask
 from vis.data.transforms import (
     ClipAugmentation,
     Color,
@@ -28,6 +27,7 @@ from vis.data.transforms import (
     one_of,
 )
 from vis.structures import ClipSample
+from vis.structures.polygons import segmentation_to_mask
 
 __all__ = ["ClipMapper", "build_clip_mapper", "clip_steps"]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from vis.data import rle
 from vis.data.categories import class_names
 from vis.data.problems import Problem, ProblemLog, video_place
 from vis.data.ytvis_format import Document, Expected, Record, check_files, read_document
+from vis.structures.rle import area
 
 
 @dataclass
@@ -121,7 +121,7 @@ def _check_masks(records: Iterable[Record], log: ProblemLog) -> None:
                     continue
                 visible += 1
                 try:
-                    if isinstance(mask, dict) and rle.area(mask) == 0:
+                    if isinstance(mask, dict) and area(mask) == 0:
                         log.warn(place, f"frame {frame}: the mask is empty; write null where an object is absent")
                 except ValueError as error:
                     log.error(place, f"frame {frame}: {error}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vis.data import rle
 from vis.data.problems import ProblemLog, video_place
+from vis.structures.polygons import polygon_problem
+from vis.structures.rle import compress, to_box
 
 Record = dict[str, Any]
 
@@ -121,7 +122,7 @@ class TrackReader:
             return None
         kept = []
         for polygon in value:
-            problem = rle.polygon_problem(polygon, height, width)
+            problem = polygon_problem(polygon, height, width)
             if problem is None:
                 kept.append(polygon)
             elif self._tolerant:
@@ -140,7 +141,7 @@ class TrackReader:
             )
             return None
         try:
-            return rle.compress(value)
+            return compress(value)
         except ValueError as error:
             self._log.error(place, f"frame {frame}: {error}")
             return None
@@ -167,7 +168,7 @@ class TrackReader:
             ys = [y for polygon in mask for y in polygon[1::2]]
             return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
         try:
-            return rle.to_box(mask)
+            return to_box(mask)
         except ValueError as error:
             self._log.error(place, f"frame {frame}: {error}")
             return None

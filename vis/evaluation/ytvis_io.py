@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vis.data import rle
 from vis.evaluation.results_writer import RESULT_KEYS, iter_parts
-from vis.evaluation.rle_runs import BadRLE, rle_areas
+from vis.structures.polygons import polygons_to_rle
+from vis.structures.rle import BadRLE, compress, rle_areas
 
 logger = logging.getLogger(__name__)
 
@@ -178,13 +178,13 @@ def _as_code(mask: Any, height: int, width: int) -> dict[str, Any] | None:
     if mask is None or mask == []:
         return None
     if isinstance(mask, list):
-        mask = rle.polygons_to_rle(mask, height, width)
+        mask = polygons_to_rle(mask, height, width)
     if not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
         raise ValueError(f"a mask must be null or an RLE with 'size' and 'counts', found {_kind(mask)}")
     if not isinstance(mask["size"], (list, tuple)) or list(mask["size"]) != [height, width]:
         raise ValueError(f"a mask has size {mask['size']!r:.40}, the video has [height, width] = [{height}, {width}]")
     if isinstance(mask["counts"], list):
-        mask = rle.compress(mask)
+        mask = compress(mask)
     counts = mask["counts"]
     if not isinstance(counts, (str, bytes)):
         raise ValueError(f"'counts' of a mask must be a string, found {_kind(counts)}")

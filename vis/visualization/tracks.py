@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vis.data.rle import segmentation_to_mask
 from vis.structures import VideoPrediction
+from vis.structures.polygons import segmentation_to_mask
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from vis.data.rle import area, encode, to_box
 from vis.data.synthetic.png import encode_png
 from vis.data.synthetic.presets import CATEGORIES, GENERATOR_VERSION, PRESETS, SPLITS, Preset, occlusion_level
 from vis.data.synthetic.render import Frame, render_frame
 from vis.data.synthetic.scene import Scene, make_scene
+from vis.structures import RLE
+from vis.structures.rle import area, encode, to_box
 
 logger = logging.getLogger(__name__)
 _LOG_EVERY_SECONDS = 5.0
@@ -199,7 +200,7 @@ def _annotation(preset: Preset, scene: Scene, frames: list[Frame], k: int) -> di
     """One object over the clip: lists of `length` entries, None in the frames that show fewer than `min_area` pixels
     of it."""
     out: dict[str, Any] = {"iscrowd": 0, "width": scene.width, "height": scene.height}
-    segmentations: list[dict[str, Any] | None] = []
+    segmentations: list[RLE | None] = []
     levels: list[str | None] = []
     for frame in frames:
         shown = int(frame.masks[k].sum()) >= preset.min_area

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import nn
 
 from vis.engine.benchmarks.common import Settings, build, repeat, spread, synchronize, video
 from vis.structures import VideoPrediction
-from vis.structures.rle import encode_masks
+from vis.structures.rle import decode, encode_masks
 
 #: Modules whose time is told apart, where a model has them.
 _NETWORK, _TRACKER = ("backbone", "sem_seg_head"), ("tracker",)
@@ -90,7 +89,7 @@ def _encoding_seconds(prediction: VideoPrediction) -> float:
         rles = [masks[frame] for masks in tracks.values() if masks[frame] is not None]
         if not rles:
             continue
-        columns = torch.from_numpy(np.ascontiguousarray(coco_mask.decode(rles).transpose(2, 1, 0))).bool()
+        columns = torch.from_numpy(np.stack([decode(rle).T for rle in rles]))
         start = time.perf_counter()
         encode_masks(columns)
         seconds += time.perf_counter() - start

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from vis.engine.parity.common import Array, Check, clip_sample, read_npz
 from vis.structures import VideoPrediction
+from vis.structures.rle import area
 
 #: Largest allowed difference, in units of the recorded array's largest absolute value.
 OUTPUT_BAR = 1e-4
@@ -125,5 +125,5 @@ def track_areas(prediction: VideoPrediction, length: int) -> Array:
     for row, masks in zip(areas, prediction.masks, strict=True):
         for frame, rle in enumerate(masks):
             if rle is not None:
-                row[frame] = int(coco_mask.area(rle))
+                row[frame] = area(rle)
     return areas
