@@ -321,6 +321,31 @@ def test_absent_instances_are_no_targets(tiny_model: Callable[..., MinVIS]) -> N
         torch.testing.assert_close(loss, losses[1][name])
 
 
+def test_targets_are_padded_like_the_frames(tiny_model: Callable[..., MinVIS], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips of two sizes in one batch: masks lie where they lay, and what is added is background."""
+    model, found = tiny_model().train(), []
+    monkeypatch.setattr(model.criterion, "forward", lambda outputs, targets: found.extend(targets) or {})
+    samples = [labelled(video(1, 2), [[True, True], [False, True]]), labelled(video(2, 1, 56, 104), [[True]])]
+    model(samples)
+    assert [(target.labels.tolist(), target.masks.shape) for target in found] == [
+        ([0, 1], (2, 64, 128)),
+        ([1], (1, 64, 128)),
+        ([0], (1, 64, 128)),
+    ]
+    assert torch.equal(found[1].masks[:, :HEIGHT, :WIDTH], samples[0]["instances"][1].gt_masks.tensor[1:])
+    assert int(found[1].masks.sum()) == int(samples[0]["instances"][1].gt_masks.tensor.sum())
+
+
+@pytest.mark.parametrize("label", [CLASSES, 40, -1])
+def test_classes_that_the_head_does_not_have(tiny_model: Callable[..., MinVIS], label: int) -> None:
+    sample = labelled(video(1, 1), [[True, True]])
+    sample["instances"][0].gt_classes = torch.tensor([2, label])
+    with pytest.raises(ValueError, match=f"instances of class {label} .*NUM_CLASSES is 6"):
+        tiny_model().train()([sample])
+    sample["instances"][0].gt_ids[1] = -1  # absent: nobody looks at its class
+    tiny_model().train()([sample])
+
+
 def test_every_frame_is_an_image_of_its_own(tiny_model: Callable[..., MinVIS]) -> None:
     """A clip of two frames gives the losses of two clips of one frame."""
     model = tiny_model({"MODEL.RESNETS.NORM": "FrozenBN"}).train()

@@ -265,3 +265,20 @@ def test_overflown_masks_are_an_error() -> None:
         output["mask_features"][0] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite"):
         criterion()(output, targets())
+
+
+@pytest.mark.parametrize(
+    ("points", "oversample", "important"), [(0, 3.0, 0.75), (8, 0.5, 0.75), (8, 3.0, 1.5), (8, 3.0, -1.0)]
+)
+def test_settings_are_checked(points: int, oversample: float, important: float) -> None:
+    with pytest.raises(ValueError, match=f"TRAIN_NUM_POINTS {points} .*IMPORTANCE_SAMPLE_RATIO {important} "):
+        SetCriterion(
+            num_classes=K,
+            class_weight=1.0,
+            mask_weight=1.0,
+            dice_weight=1.0,
+            no_object_weight=0.1,
+            num_points=points,
+            oversample_ratio=oversample,
+            importance_ratio=important,
+        )

@@ -49,7 +49,13 @@ class SetCriterion(nn.Module):
         oversample_ratio: float,
         importance_ratio: float,
     ) -> None:
+        """Args: the last three are those of :func:`~vis.layers.points.uncertain_points`."""
         super().__init__()
+        if num_points < 1 or not 0 <= importance_ratio <= min(1, oversample_ratio):
+            raise ValueError(
+                f"MODEL.MASK_FORMER: TRAIN_NUM_POINTS {num_points} must be at least 1, IMPORTANCE_SAMPLE_RATIO "
+                f"{importance_ratio} in 0..1 and OVERSAMPLE_RATIO {oversample_ratio} not below it"
+            )
         self.num_classes = num_classes
         self.class_weight, self.mask_weight, self.dice_weight = class_weight, mask_weight, dice_weight
         self.num_points = num_points

@@ -81,15 +81,31 @@ class MinVIS(nn.Module):
         return self.sem_seg_head(self.backbone(images))
 
     def losses(self, samples: Sequence[ClipSample]) -> dict[str, Tensor]:
-        """Weighted losses; every frame is an image, an instance that is absent in a frame is no target there."""
+        """Weighted losses; every frame is an image, an instance that is absent in a frame is no target there.
+
+        Raises:
+            ValueError: a class that the head does not have.
+        """
         images = self.normalizer([frame for sample in samples for frame in sample["image"]])
         size = (int(images.shape[-2]), int(images.shape[-1]))
         targets = []
         for instances in (frame for sample in samples for frame in sample["instances"]):
             present = instances.gt_ids != -1
+            labels = instances.gt_classes[present]
+            self._check_labels(labels)
             masks = pad_masks(instances.gt_masks.tensor[present], size)
-            targets.append(MaskTargets(instances.gt_classes[present].to(self.device), masks.to(self.device)))
+            targets.append(MaskTargets(labels.to(self.device), masks.to(self.device)))
         return self.criterion(self.segment(images), targets)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """A label that the head does not have is a user's mistake; on a GPU it would end the process without a word."""
+        num_classes = self.criterion.num_classes
+        wrong = labels[(labels < 0) | (labels >= num_classes)]
+        if len(wrong):
+            raise ValueError(
+                f"the data has instances of class {int(wrong[0])} (counted from 0), but MODEL.SEM_SEG_HEAD.NUM_CLASSES "
+                f"is {num_classes}; leave it out to follow the data set"
+            )
 
     def predict(self, sample: ClipSample) -> VideoPrediction:
         """One video, read a window at a time."""
