@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vis.layers.linear import Linear
 
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
 
@@ -60,6 +63,21 @@ def ms_deform_attn(
     shapes = shape_pairs(spatial_shapes)
     starts = [int(start) for start in _on_host(level_start_index, "level_start_index")]
     _check_sizes(value, shapes, starts, sampling_locations, attention_weights)
+    arguments = (value, shapes, starts, sampling_locations, attention_weights)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (value, sampling_locations, attention_weights))):
+        return _weighted_samples(*arguments)
+    # Rows and weights of the samples are several times the size of everything else in the layer. They are cheap to
+    # compute, so the backward pass does that again instead of keeping them for every layer.
+    return checkpoint(_weighted_samples, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _weighted_samples(
+    value: Tensor,
+    shapes: list[tuple[int, int]],
+    starts: list[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
     n, s, m, d = value.shape
     lq, levels, points = sampling_locations.shape[1], sampling_locations.shape[3], sampling_locations.shape[4]
 
@@ -135,10 +153,10 @@ class MSDeformAttn(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} must be divisible by num_heads {num_heads}")
         self.num_levels, self.num_heads, self.num_points = num_levels, num_heads, num_points
-        self.sampling_offsets = nn.Linear(embed_dim, num_heads * num_levels * num_points * 2)
-        self.attention_weights = nn.Linear(embed_dim, num_heads * num_levels * num_points)
-        self.value_proj = nn.Linear(embed_dim, embed_dim)
-        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.sampling_offsets = Linear(embed_dim, num_heads * num_levels * num_points * 2)
+        self.attention_weights = Linear(embed_dim, num_heads * num_levels * num_points)
+        self.value_proj = Linear(embed_dim, embed_dim)
+        self.output_proj = Linear(embed_dim, embed_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

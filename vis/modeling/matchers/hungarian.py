@@ -56,5 +56,9 @@ class HungarianMatcher:
 
     def __call__(self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor) -> list[Pairs]:
         """For each of the leading ``layers`` the pairs (queries, instances); arguments as in :meth:`cost`, 3-d."""
-        costs = self.cost(class_logits, mask_logits, labels, masks).cpu()  # one transfer for all layers
+        # Layer by layer, since the terms at all points are large; then one transfer for all of them.
+        layers = [
+            self.cost(classes, logits, labels, masks) for classes, logits in zip(class_logits, mask_logits, strict=True)
+        ]
+        costs = torch.stack(layers).cpu()
         return [linear_assignment(cost) for cost in costs]

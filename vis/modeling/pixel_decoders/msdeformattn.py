@@ -15,6 +15,7 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from torch import Tensor, nn
 
 from vis.config import declare
+from vis.layers.linear import Linear
 from vis.layers.ms_deform_attn import MSDeformAttn
 from vis.layers.position_encoding import sine_position_encoding
 from vis.modeling.registry import PIXEL_DECODER_REGISTRY
@@ -50,8 +51,8 @@ class EncoderLayer(nn.Module):
             embed_dim=embed_dim, num_levels=num_levels, num_heads=num_heads, num_points=num_points
         )
         self.norm1 = nn.LayerNorm(embed_dim)
-        self.linear1 = nn.Linear(embed_dim, feedforward_dim)
-        self.linear2 = nn.Linear(feedforward_dim, embed_dim)
+        self.linear1 = Linear(embed_dim, feedforward_dim)
+        self.linear2 = Linear(feedforward_dim, embed_dim)
         self.norm2 = nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(dropout)
         for linear in (self.linear1, self.linear2):
@@ -217,7 +218,7 @@ def _groups(channels: int) -> int:
 
 
 def _projection(in_channels: int, out_channels: int) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, 1)
+    conv = Conv2d(in_channels, out_channels, 1)
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # there is one: bias=True
     return nn.Sequential(conv, nn.GroupNorm(_groups(out_channels), out_channels))
