@@ -36,13 +36,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _through_convolution(x: Tensor, weight: Tensor, rows: int) -> bool:
     return bool(
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # asked first: a compiler cannot follow the questions below
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and rows >= _MIN_ROWS
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
