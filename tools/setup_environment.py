@@ -3,7 +3,8 @@
     python tools/setup_environment.py [--venv FOLDER]
 
 The environment is the active one ($VIRTUAL_ENV), else `.venv` in the checkout, made if need be. Into it go
-requirements.txt as constraints.txt pins it, detectron2 (tools/install_detectron2.py) and vis itself, editable.
+requirements.txt as constraints.txt pins it, detectron2 (tools/install_detectron2.py) and vis itself, editable, with
+its library vis/_C.so where a C++ compiler is (setup.py says how to build it otherwise).
 A stamp in the environment says what it was set up from: while nothing of that changed, nothing is installed.
 This file needs nothing but the standard library.
 """
@@ -14,6 +15,7 @@ import argparse
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +29,10 @@ INPUTS = (
     "tools/install_detectron2.py",
     "tools/setup_environment.py",
 )
+LIBRARY, SOURCES = "vis/_C.so", "vis/csrc"
+# What of the environment, and of the machine, changes the library: setup.py reads it.
+VARIABLES = ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "VIS_BUILD_CUDA")
+COMPILERS = ("c++", "g++", "clang++")
 PYTHONS = ((3, 10), (3, 13))  # oldest and newest
 STAMP = "vis-setup.stamp"
 
@@ -78,15 +84,31 @@ def environment_version(environment: Path) -> tuple[int, ...]:
 def fingerprint(version: tuple[int, ...], root: Path = ROOT) -> str:
     """Changes whenever what is installed would change."""
     digest = hashlib.sha256(f"{root} {version}".encode())
-    for name in INPUTS:
+    sources = sorted(str(path.relative_to(root)) for path in (root / SOURCES).glob("*.*"))
+    for name in (*INPUTS, *sources):
         digest.update(name.encode() + b"\0" + (root / name).read_bytes() + b"\0")
+    machine = [*(os.environ.get(name) for name in VARIABLES), find_compiler(), shutil.which("nvcc"), gpu_is_visible()]
+    digest.update(repr(machine).encode())
     return digest.hexdigest()
+
+
+def find_compiler() -> str | None:
+    """Path of the C++ compiler that setup.py would take."""
+    asked = os.environ.get("CXX")
+    names = (asked.split()[0],) if asked else COMPILERS
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def gpu_is_visible() -> bool:
+    return Path("/dev/nvidia0").exists()
 
 
 def is_current(environment: Path, expected: str) -> bool:
     """True if the environment was set up from the files as they are now and its main parts are still there."""
     stamp = environment / STAMP
     if not stamp.is_file() or stamp.read_text().strip() != expected:
+        return False
+    if find_compiler() is not None and not (ROOT / LIBRARY).is_file():
         return False
     return subprocess.run([python_of(environment), "-I", "-c", PRESENT, str(ROOT)]).returncode == 0
 
@@ -108,6 +130,12 @@ def set_up(environment: Path) -> None:
     _run("requirements.txt", [*pip, "--quiet", "-r", "requirements.txt"])
     _run("detectron2", [python, "tools/install_detectron2.py", "--constraint", "constraints.txt"])
     _run("vis, editable", [*pip, "--quiet", "--no-build-isolation", "--no-deps", "--editable", "."])
+    if not (ROOT / LIBRARY).is_file():
+        print(
+            f"-- vis._C was not built: no C++ compiler is found ({', '.join(COMPILERS)} or $CXX). "
+            "Deformable attention runs on Triton or PyTorch",
+            flush=True,
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,19 +1,32 @@
-"""The deformable-attention op against a loop that follows its definition, and its module against sampled grids."""
+"""The deformable-attention op: each backend of this machine against a loop that follows the definition, and float64.
+
+The Triton backend, which needs a GPU or a process of its own, has tests beside this file, and so have CUDA kernels.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vis.layers.ms_deform_attn import MSDeformAttn, ms_deform_attn
+from vis.layers.ms_deform_attn import backends, ms_deform_attn, reference
 
 SHAPES = [(2, 5), (4, 3), (7, 6)]
 STARTS = [0, 10, 22]
 ROWS, HEADS, CHANNELS, QUERIES, POINTS = 64, 2, 3, 4, 5
+FLAT = [size for shape in SHAPES for size in shape]
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test of this file runs with every backend for CPUs that is there."""
+    if reason := backends.problem(request.param, "cpu"):
+        pytest.skip(reason)
+    monkeypatch.setenv(backends.VARIABLE, request.param)
+    return request.param
 
 
 def arguments(n: int, spread: float = 0.3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,53 +170,217 @@ def test_sizes_that_do_not_fit() -> None:
             ms_deform_attn(value, SHAPES, starts, locations, weights)
 
 
-def by_grid_sample(module: MSDeformAttn, query: Tensor, reference: Tensor, source: Tensor) -> Tensor:
-    """The module's formula with a grid for each level: location = reference + offset / (w, h)."""
-    n, queries, dim = query.shape
-    m, points, d = module.num_heads, module.num_points, dim // module.num_heads
-    values = module.value_proj(source).view(n, -1, m, d)
-    offsets = module.sampling_offsets(query).view(n, queries, m, len(SHAPES), points, 2)
-    weights = module.attention_weights(query).view(n, queries, m, -1).softmax(-1).view(offsets.shape[:-1])
-    total = query.new_zeros(n, queries, m, d)
-    for level, ((h, w), start) in enumerate(zip(SHAPES, STARTS, strict=True)):
-        maps = values[:, start : start + h * w].permute(0, 2, 3, 1).reshape(n * m, d, h, w)
-        at = reference[:, :, min(level, reference.shape[2] - 1)][:, :, None, None]
-        grid = 2 * (at + offsets[:, :, :, level] / query.new_tensor([w, h])) - 1
-        grid = grid.transpose(1, 2).reshape(n * m, queries, points, 2)
-        sampled = F.grid_sample(maps, grid, align_corners=False).view(n, m, d, queries, points)
-        total = total + torch.einsum("nmdqp,nqmp->nqmd", sampled, weights[:, :, :, level])
-    return module.output_proj(total.flatten(2))
+def test_types_that_do_not_fit() -> None:
+    value, locations, weights = arguments(2, dtype=torch.float32)
+    for half in (torch.float16, torch.bfloat16):
+        with pytest.raises(ValueError, match=f"sampling_locations are {half}.*more than a pixel"):
+            ms_deform_attn(value, SHAPES, STARTS, locations.to(half), weights)
+    with pytest.raises(ValueError, match="value is torch.int64"):
+        ms_deform_attn(value.long(), SHAPES, STARTS, locations, weights)
+    with pytest.raises(ValueError, match="attention_weights are torch.int32"):
+        ms_deform_attn(value, SHAPES, STARTS, locations, weights.int())
 
 
-@pytest.mark.parametrize("reference_shape", [(1, 6, 1, 2), (2, 6, 3, 2)])
-def test_module_equals_grid_sample(reference_shape: tuple[int, ...]) -> None:
-    torch.manual_seed(3)
-    module = MSDeformAttn(embed_dim=12, num_levels=3, num_heads=4, num_points=2).double()
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.7)
-    query, source = torch.randn(2, 6, 12).double(), torch.randn(2, ROWS, 12).double()
-    reference = torch.rand(reference_shape).double()
-    expected = by_grid_sample(module, query, reference, source)
-    found = module(query, reference, source, SHAPES, STARTS)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    wanted = torch.autograd.grad(expected.square().sum(), list(module.parameters()))
-    got = torch.autograd.grad(found.square().sum(), list(module.parameters()))
-    torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
+def test_other_types_are_converted() -> None:
+    value, locations, weights = arguments(2)
+    expected = ms_deform_attn(value, SHAPES, STARTS, locations, weights).float()
+    for types in ((32, 64, 32), (32, 32, 64), (64, 32, 32), (32, 32, 16)):
+        named = {16: torch.float16, 32: torch.float32, 64: torch.float64}
+        mixed = [x.to(named[bits]) for x, bits in zip((value, locations, weights), types, strict=True)]
+        out = ms_deform_attn(mixed[0], SHAPES, STARTS, *mixed[1:])
+        assert out.dtype == mixed[0].dtype
+        torch.testing.assert_close(out.float(), expected, rtol=0, atol=1e-3)
 
 
-def test_initial_offsets_and_weights() -> None:
-    module = MSDeformAttn(embed_dim=16, num_levels=3, num_heads=8, num_points=4)
-    bias = module.sampling_offsets.bias.detach().view(8, 3, 4, 2)
-    around = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]  # (x, y), angle 2*pi*h/8
-    for head, direction in enumerate(around):
-        for point in range(4):
-            expected = torch.tensor(direction).float() * (point + 1)
-            torch.testing.assert_close(bias[head, :, point], expected.expand(3, 2), atol=1e-5, rtol=0)
-    for zero in (module.sampling_offsets.weight, module.attention_weights.weight, module.attention_weights.bias):
-        assert torch.equal(zero, torch.zeros_like(zero))
-    assert float(module.value_proj.weight.detach().abs().max()) <= math.sqrt(6 / 32)
+def test_devices_that_differ() -> None:
+    value, locations, weights = arguments(2)
+    with pytest.raises(ValueError, match="value lies on cpu, sampling_locations on meta"):
+        ms_deform_attn(value, SHAPES, STARTS, locations.to("meta"), weights)
 
 
-def test_heads_must_divide_the_width() -> None:
-    with pytest.raises(ValueError, match="10 must be divisible by num_heads 4"):
-        MSDeformAttn(embed_dim=10, num_heads=4)
+def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], shapes: list, starts: list) -> list[Tensor]:
+    """The output and the gradients of the inputs, for a gradient of the output that is no constant."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(leaves[0], shapes, starts, *leaves[1:])
+    weight = torch.arange(out.numel()).view(out.shape).cos().to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+
+
+UNEVEN = [(1, 1), (2, 29), (31, 3), (1, 17)]
+UNEVEN_STARTS = [17, 18, 76, 0]  # the last level lies first
+
+
+def uneven_inputs(channels: int, dtype: torch.dtype, points: int = 3) -> list[Tensor]:
+    """More queries than one block of the CPU kernels has, and as many as fill no block."""
+    generator = torch.Generator().manual_seed(channels)
+    value = torch.randn(2, 169, 3, channels, generator=generator, dtype=torch.float64)
+    locations = torch.rand(2, 37, 3, 4, points, 2, generator=generator, dtype=torch.float64) * 1.4 - 0.2
+    weights = torch.randn(2, 37, 3, 4, points, generator=generator, dtype=torch.float64)
+    return [x.to(dtype) for x in (value, locations, weights)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [1, 30, 32, 64, 71, 256])
+def test_equals_float64(channels: int, dtype: torch.dtype) -> None:
+    inputs = uneven_inputs(channels, dtype)
+    expected = with_gradients(reference.by_grid_sample, [x.double() for x in inputs], UNEVEN, UNEVEN_STARTS)
+    found = with_gradients(ms_deform_attn, inputs, UNEVEN, UNEVEN_STARTS)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=float(b.abs().max()) * 16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_gradients(half: torch.dtype) -> None:
+    value, locations, weights = uneven_inputs(30, torch.float32)
+    inputs = [value.to(half), locations, weights]
+    expected = with_gradients(reference.by_grid_sample, [x.double() for x in inputs], UNEVEN, UNEVEN_STARTS)
+    found = with_gradients(ms_deform_attn, inputs, UNEVEN, UNEVEN_STARTS)
+    assert [x.dtype for x in found] == [half, half, torch.float32, torch.float32]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=float(b.abs().max()) * 8 * torch.finfo(half).eps)
+
+
+def test_on_and_beside_the_borders() -> None:
+    """Every pair of: outside, one cell outside, the border, centres of the first and last cell, between them."""
+    value, _, _ = uneven_inputs(5, torch.float64)
+    places = []
+    for h, w in UNEVEN:
+        cells = [torch.tensor([-1.5, -1, -0.5, 0, 0.25, n - 1, n - 0.5, n, n + 3], dtype=torch.float64) for n in (w, h)]
+        grid = torch.cartesian_prod(*cells) + 0.5
+        places.append(grid / torch.tensor([w, h]))
+    locations = torch.stack(places, dim=1)[None, None, None].expand(2, 1, 3, -1, -1, -1, -1).transpose(3, 4)
+    locations = locations.reshape(2, 1, 3, 4, -1, 2).contiguous()
+    locations = locations.expand(2, 37, 3, 4, -1, 2)
+    weights = torch.randn(locations.shape[:-1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = reference.by_grid_sample(value, UNEVEN, UNEVEN_STARTS, locations, weights)
+    found = ms_deform_attn(value, UNEVEN, UNEVEN_STARTS, locations, weights)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "queries"), [(0, 4), (2, 0), (0, 0)])
+def test_nothing_gives_nothing(n: int, queries: int) -> None:
+    inputs = [torch.randn(n, ROWS, 2, 3), torch.rand(n, queries, 2, 3, 5, 2), torch.rand(n, queries, 2, 3, 5)]
+    out, *gradients = with_gradients(ms_deform_attn, inputs, SHAPES, STARTS)
+    assert out.shape == (n, queries, 6)
+    assert [x.shape for x in gradients] == [x.shape for x in inputs]
+    assert not any(x.any() for x in gradients)
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """The same numbers, one element off every boundary."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same numbers with gaps between them, dimensions in another order in memory."""
+    wide = x.new_full((*x.shape[::-1], 2), float("nan"))
+    wide[..., 1] = x.permute(*reversed(range(x.dim())))
+    return wide[..., 1].permute(*reversed(range(x.dim())))
+
+
+@pytest.mark.parametrize("lay", [misaligned, strided])
+def test_memory_may_lie_anyhow(lay: Callable[[Tensor], Tensor]) -> None:
+    inputs = uneven_inputs(30, torch.float32)
+    expected = with_gradients(ms_deform_attn, inputs, UNEVEN, UNEVEN_STARTS)
+    for a, b in zip(
+        with_gradients(ms_deform_attn, [lay(x) for x in inputs], UNEVEN, UNEVEN_STARTS), expected, strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=float(b.abs().max()) * 2e-6)
+    out = ms_deform_attn(inputs[0].requires_grad_(), UNEVEN, UNEVEN_STARTS, *inputs[1:])
+    out.backward(lay(torch.ones_like(out)))  # the gradient may come so, too
+    assert inputs[0].grad is not None
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_do_not_disturb_one_another(three_threads: None) -> None:
+    """More threads than heads: the queries are dealt out, and the gradients of their parts added."""
+    inputs = [x[:1, :, :2] for x in uneven_inputs(32, torch.float32)]
+    expected = with_gradients(reference.by_grid_sample, [x.double() for x in inputs], UNEVEN, UNEVEN_STARTS)
+    found = with_gradients(ms_deform_attn, inputs, UNEVEN, UNEVEN_STARTS)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=float(b.abs().max()) * 2e-6)
+    for a, b in zip(with_gradients(ms_deform_attn, inputs, UNEVEN, UNEVEN_STARTS), found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_only_the_inputs_are_kept_for_the_backward_pass() -> None:
+    inputs = [x.requires_grad_() for x in uneven_inputs(32, torch.float32)]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        ms_deform_attn(inputs[0], UNEVEN, UNEVEN_STARTS, *inputs[1:])
+    assert sum(x.nbytes for x in kept) <= sum(x.nbytes for x in inputs)
+
+
+def doubled(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    return 2 * ms_deform_attn(value, SHAPES, STARTS, locations, weights)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_into_one_graph(compiler: str) -> None:
+    inputs = [x.requires_grad_() for x in arguments(2, dtype=torch.float32)]
+    expected = doubled(*inputs)
+    out = torch.compile(doubled, fullgraph=True, backend=compiler)(*inputs)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    wanted = torch.autograd.grad(expected.square().sum(), inputs)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), inputs), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_exporters_that_know_no_op_get_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = arguments(2, dtype=torch.float32)
+    expected = doubled(*inputs)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    traced = torch.jit.trace(doubled, inputs)
+    kinds = {node.kind() for node in traced.graph.nodes()}
+    assert "aten::grid_sampler" in kinds
+    assert not [kind for kind in kinds if kind.startswith("vis::")]
+    torch.testing.assert_close(traced(*inputs), expected, rtol=0, atol=1e-5)
+
+
+def test_opcheck(backend: str) -> None:
+    if backend != "compiled":
+        pytest.skip("plain PyTorch is no op of its own")
+    value, locations, weights = (x.requires_grad_() for x in arguments(2))
+    torch.library.opcheck(torch.ops.vis.ms_deform_attn.default, (value, FLAT, STARTS, locations, weights))
+    given = [x.detach() for x in (value, locations, weights)]
+    grad = torch.randn(2, QUERIES, HEADS * CHANNELS, dtype=torch.float64)
+    backward = torch.ops.vis.ms_deform_attn_backward.default
+    torch.library.opcheck(backward, (grad, given[0], FLAT, STARTS, *given[1:]))
+
+
+def test_the_op_itself_checks_what_it_reads(backend: str) -> None:
+    """Whoever calls it without the function in front must not read foreign memory."""
+    if backend != "compiled":
+        pytest.skip("plain PyTorch is no op of its own")
+    value, locations, weights = arguments(2)
+    op, backward = torch.ops.vis.ms_deform_attn, torch.ops.vis.ms_deform_attn_backward
+    grad = torch.randn(2, QUERIES, HEADS * CHANNELS, dtype=torch.float64)
+    wrong = [
+        ("level 2 of 7 x 6 from row 23", (value, FLAT, [0, 10, 23], locations, weights)),
+        ("level 0 of 2 x -5", (value, [2, -5, *FLAT[2:]], STARTS, locations, weights)),
+        ("level 1 of", (value, [2, 5, 2**40, 2**40, 7, 6], STARTS, locations, weights)),
+        ("expected h and w of each of the 3", (value, FLAT[1:], STARTS, locations, weights)),
+        ("sampling_locations is", (value, FLAT, STARTS, locations[1:], weights)),
+        ("attention_weights is", (value, FLAT, STARTS, locations, weights[:, 1:])),
+        ("expected .N, S, M, D.", (value[0], FLAT, STARTS, locations, weights)),
+        ("sampling_locations are Float", (value, FLAT, STARTS, locations.float(), weights)),
+        ("attention_weights are Float", (value, FLAT, STARTS, locations, weights.float())),
+        ("value is Long", (value.long(), FLAT, STARTS, locations, weights)),
+    ]
+    for message, given in wrong:
+        with pytest.raises(ValueError, match=message):
+            op(*given)
+        with pytest.raises(ValueError, match=message):
+            backward(grad, *given)
+    for bad in (grad[1:], grad.float()):
+        with pytest.raises(ValueError, match="grad_output is"):
+            backward(bad, value, FLAT, STARTS, locations, weights)

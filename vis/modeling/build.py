@@ -9,18 +9,27 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
+from vis.config import declare
+from vis.layers.ms_deform_attn import set_backend
 from vis.modeling.registry import lookup
 
 logger = logging.getLogger(__name__)
+
+
+@declare
+def add_config(cfg: CfgNode) -> None:
+    # auto: the first of compiled, triton and torch that is there; VIS_MS_DEFORM_ATTN in the environment comes first.
+    cfg.MODEL.MS_DEFORM_ATTN_BACKEND = "auto"
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
     """Build ``cfg.MODEL.META_ARCHITECTURE`` with initial weights on ``cfg.MODEL.DEVICE`` ("auto": CUDA if present).
 
     Raises:
-        ValueError: a name in the configuration is not known, or the device is not there.
+        ValueError: a name in the configuration is not known, or the device or the backend is not there.
     """
     device = resolve_device(cfg.MODEL.DEVICE)
+    set_backend(cfg.MODEL.MS_DEFORM_ATTN_BACKEND, device.type)
     model = lookup(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")(cfg)
     logger.info("%s on %s, %.1f M parameters", type(model).__name__, device, _millions(model))
     return model.to(device)

@@ -43,11 +43,15 @@ def _load() -> str:
         else:
             built, here = torch.ops.vis.built_with(), torch.__version__.partition("+")[0]
             return "" if built == here else f"{LIBRARY} was built with torch {built}, this is {here}: build it again"
+    _declare()
+    return reason
+
+
+def _declare() -> None:
     declared = torch.library.Library("vis", "FRAGMENT")
     declared.define(f"ms_deform_attn({_INPUTS}) -> Tensor")
     declared.define(f"ms_deform_attn_backward(Tensor grad_output, {_INPUTS}) -> (Tensor, Tensor, Tensor)")
     _declared.append(declared)
-    return reason
 
 
 def _fake(value: Tensor, shapes: list[int], starts: list[int], locations: Tensor, weights: Tensor) -> Tensor:
