@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
+import re
 import resource
 import shutil
 import subprocess
@@ -213,6 +215,29 @@ def test_a_stale_stamp_is_not_current(tmp_path: Path) -> None:
     assert not setup_environment.is_current(tmp_path, "expected")
 
 
+@pytest.mark.parametrize("name", setup_environment.VARIABLES)
+def test_fingerprint_changes_with_what_changes_the_library(tmp_path: Path, name: str, monkeypatch) -> None:
+    copy_inputs(tmp_path)
+    (tmp_path / "vis/csrc").mkdir(parents=True)
+    monkeypatch.delenv(name, raising=False)
+    before = setup_environment.fingerprint((3, 11, 7), tmp_path)
+    monkeypatch.setenv(name, "1")
+    assert setup_environment.fingerprint((3, 11, 7), tmp_path) != before
+    monkeypatch.delenv(name)
+    assert setup_environment.fingerprint((3, 11, 7), tmp_path) == before
+    (tmp_path / "vis/csrc/a.cu").touch()
+    assert setup_environment.fingerprint((3, 11, 7), tmp_path) != before
+
+
+def test_fingerprint_changes_when_a_compiler_appears(tmp_path: Path, monkeypatch) -> None:
+    copy_inputs(tmp_path)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    before = setup_environment.fingerprint((3, 11, 7), tmp_path)
+    (tmp_path / "g++").touch(mode=0o755)
+    assert setup_environment.fingerprint((3, 11, 7), tmp_path) != before
+
+
 def test_a_second_set_up_installs_nothing_and_is_quick() -> None:
     environment = Path(sys.prefix)
     if not setup_environment.is_current(
@@ -228,14 +253,42 @@ def test_a_second_set_up_installs_nothing_and_is_quick() -> None:
     assert done.stdout == ""
 
 
-def test_the_wheel_holds_the_package_alone(tmp_path: Path) -> None:
+@pytest.fixture
+def copied_package(tmp_path: Path) -> Path:
+    """What a wheel is made from, without a library that was built before."""
     copy_inputs(tmp_path)
     for name in ("README.md", "LICENSE", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "vis", tmp_path / "vis", ignore=shutil.ignore_patterns("__pycache__"))
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path / "out")]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(tmp_path)], check=True)
-    members = read_members(next((tmp_path / "out").glob("vis-*-py3-none-any.whl")))
+    shutil.copytree(ROOT / "vis", tmp_path / "vis", ignore=shutil.ignore_patterns("__pycache__", "_C*.so"))
+    return tmp_path
+
+
+def run_in(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Python in a folder and a known environment; what it prints comes together."""
+    cleared = {name: value for name, value in os.environ.items() if name not in setup_environment.VARIABLES}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**cleared, "MAX_JOBS": "1", **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def make_wheel(package: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    options = ("--verbose", "--no-deps", "--no-build-isolation", "--no-index", "-w", "out", ".")
+    return run_in(package, "-m", "pip", "wheel", *options, **variables)
+
+
+def test_a_wheel_without_a_compiler_holds_the_package_alone(copied_package: Path) -> None:
+    (copied_package / "bin").mkdir()
+    done = make_wheel(copied_package, PATH=str(copied_package / "bin"))
+    assert done.returncode == 0, done.stdout
+    assert "vis._C is not built: no C++ compiler is found" in done.stdout
+    wheel = next((copied_package / "out").glob("vis-*-py3-none-any.whl"))
+    members = read_members(wheel)
     assert {name.partition("/")[0].split("-")[0] for name in members} == {"vis"}
     assert {name for name in members if name.startswith("vis/")} >= {
         str(path.relative_to(ROOT)) for path in (ROOT / "vis").rglob("*.py")
@@ -243,6 +296,53 @@ def test_the_wheel_holds_the_package_alone(tmp_path: Path) -> None:
     metadata = next(data for name, data in members.items() if name.endswith("METADATA")).decode()
     assert "Requires-Dist: torch>=2.4" in metadata
     assert "pytest" not in metadata.partition("\n\n")[0]
+    # it runs, on PyTorch
+    shutil.unpack_archive(wheel, copied_package / "site", "zip")
+    done = run_in(copied_package / "site", "-m", "vis.layers.ms_deform_attn", PATH=str(copied_package / "bin"))
+    assert done.returncode == 0, done.stdout
+    assert "compiled  not there: vis._C is not built" in done.stdout
+    assert "runs      torch" in done.stdout
+
+
+needs_compiler = pytest.mark.skipif(setup_environment.find_compiler() is None, reason="no C++ compiler here")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_wheel_made_with_a_compiler_holds_the_library(copied_package: Path) -> None:
+    started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = make_wheel(copied_package, VIS_BUILD_CUDA="0")
+    assert done.returncode == 0, done.stdout
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - started < 60  # `make demo` counts on it
+    wheel = next((copied_package / "out").glob("vis-*-linux_*.whl"))
+    assert "vis/_C.so" in read_members(wheel)
+    shutil.unpack_archive(wheel, copied_package / "site", "zip")
+    done = run_in(copied_package / "site", "-m", "vis.layers.ms_deform_attn", VIS_MS_DEFORM_ATTN="compiled")
+    assert done.returncode == 0, done.stdout
+    assert "cpu   compiled  self-test passed" in done.stdout
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_an_error_of_the_compiler_is_one_of_the_installation(copied_package: Path) -> None:
+    (copied_package / "vis/csrc/ms_deform_attn.cpp").write_text("#error planted\n")
+    done = make_wheel(copied_package, VIS_BUILD_CUDA="0")
+    assert done.returncode != 0
+    assert "planted" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"VIS_BUILD_CUDA": "1", "PATH": ""}, "VIS_BUILD_CUDA is 1, but no C[+][+] compiler is found"),
+        ({"VIS_BUILD_CUDA": "yes", "CXX": sys.executable}, "VIS_BUILD_CUDA is 'yes', expected auto, 0 or 1"),
+        ({"CXX": "/no/such/compiler"}, "CXX is '/no/such/compiler', which is not there"),
+    ],
+)
+def test_settings_of_the_build_that_cannot_be(copied_package: Path, variables: dict[str, str], said: str) -> None:
+    done = run_in(copied_package, "setup.py", "build_ext", **variables)
+    assert done.returncode != 0
+    assert re.search(said, done.stdout), done.stdout
 
 
 # The duplicate gate's reading
