@@ -50,6 +50,17 @@ def find_compiler() -> str | None:
     return next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
+def find_toolkit() -> None:
+    """Sets CUDA_HOME to where nvcc says that its toolkit is: on the PATH it may be a script that calls another."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    listed = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    home = re.search(r"^#\$ TOP=(.*)$", listed.stderr, re.M)
+    if home is not None:
+        os.environ["CUDA_HOME"] = os.path.realpath(home[1])
+
+
 def why_no_cuda(nvcc_home: str | None) -> str:
     """What the CUDA part lacks here; "" if nothing. A GPU is not needed to build it."""
     import torch
@@ -94,6 +105,7 @@ def extension() -> tuple[Any, type] | None:
     """The library and the command that builds it; None, and a line that says why, where it cannot be built."""
     compiler = find_compiler()
     missing = "no C++ compiler is found (c++, g++, clang++ or $CXX)" if compiler is None else ""
+    find_toolkit()  # before torch looks for it
     try:
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ModuleNotFoundError:
