@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vis.layers.ms_deform_attn import triton_kernels
 
-LEVELS = [(2, 5), (1, 3), (7, 1), (4, 6)]  # uneven ones, one cell high or wide
+LEVELS = [(2, 5), (1, 3), (7, 1)]  # uneven ones, one cell high or wide
 HEADS, POINTS, QUERIES = 2, 2, 3
 # numpy, on which the interpreter runs, comments on the infinite positions of some tests
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -105,7 +105,7 @@ def test_half_precision(dtype: torch.dtype, weights_too: bool) -> None:
 def test_more_queries_than_a_tile_and_many_points() -> None:
     """Tiles of the second image begin with its own first query, and loops that are unrolled in parts end in time."""
     levels = [(3, 4)]
-    for queries in (5, 9, 17, 35):  # the tiles have 4 and 16
+    for queries in (9, 21):  # the tiles of the two kernels have 16 and 4
         compare(inputs(32, 2, queries, levels, points=5 if queries == 9 else 1), levels)
 
 
@@ -134,15 +134,15 @@ def test_far_away_is_zero_and_without_gradient(far: float) -> None:
 def test_nan_is_not_hidden_and_stays_in_its_query() -> None:
     value, locations, weights = (x.float() for x in inputs(3))
     clean = with_gradients(triton, (value, locations, weights), LEVELS)
-    locations[1, 2, 1, 3, 0, 0] = math.nan
+    locations[1, 2, 1, 2, 0, 0] = math.nan
     out, _, grad_locations, grad_weights = with_gradients(triton, (value, locations, weights), LEVELS)
     nan = out.view(2, QUERIES, HEADS, 3).isnan()
     assert nan[1, 2, 1].all()
     assert nan.sum() == 3
     torch.testing.assert_close(out[out == out], clean[0][out == out], rtol=0, atol=0)
     assert grad_weights.isnan().sum() == 1
-    assert grad_weights[1, 2, 1, 3, 0].isnan()
-    assert grad_locations[1, 2, 1, 3, 0].isnan().any()
+    assert grad_weights[1, 2, 1, 2, 0].isnan()
+    assert grad_locations[1, 2, 1, 2, 0].isnan().any()
     assert grad_locations.isnan().sum() <= 2
 
 
