@@ -4,7 +4,8 @@
     python tools/benchmark.py memory                 # peak memory of inference at 30 and at 300 frames
     python tools/benchmark.py inference --json out.json
     python tools/benchmark.py train                  # a training step
-    python tools/benchmark.py op                     # deformable attention alone
+    python tools/benchmark.py op                     # deformable attention alone, its backends side by side on a CPU
+    python tools/benchmark.py op-device              # the same on a GPU: device times, against what it must move
     python tools/benchmark.py data                   # the loaders, on the synthetic data set
 
 KEY VALUE pairs after --opts change the configuration. Without --weights or --manifest the model has its initial
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from vis.engine.benchmarks import Settings, data, inference, memory, op, train
+from vis.engine.benchmarks import Settings, data, inference, memory, op, op_device, train
 from vis.engine.benchmarks.common import device_name, environment
 
 Benchmark = tuple[Callable[[Settings], dict[str, Any]], Callable[[dict[str, Any]], list[str]], dict[str, Any]]
@@ -31,6 +32,7 @@ Benchmark = tuple[Callable[[Settings], dict[str, Any]], Callable[[dict[str, Any]
 #: name -> what measures it, what words it, and defaults that differ from those of Settings.
 BENCHMARKS: dict[str, Benchmark] = {
     "op": (op.measure_op, op.lines, {"repeats": 5}),
+    "op-device": (op_device.measure_device, op_device.lines, {"device": "cuda", "warmup": 10, "repeats": 50}),
     "inference": (inference.measure_inference, inference.lines, {}),
     "memory": (memory.measure_memory, memory.lines, {"frames": (30, 300), "warmup": 0, "repeats": 1}),
     "train": (train.measure_train, train.lines, {"input_size": (240, 416), "frames": (1,)}),
@@ -56,7 +58,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser.add_argument("--config-file", metavar="C", help="model (default configs/minvis/ytvis19_r50.yaml)")
     parser.add_argument("--weights", metavar="FILE", help="a checkpoint for the model")
     parser.add_argument("--manifest", metavar="M.json.gz", help="fill the weights by a parity manifest's formula")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default cpu (op-device: cuda)")
     parser.add_argument("--threads", type=int, help="PyTorch threads (default 1)")
     parser.add_argument("--frames", type=int, nargs="+", metavar="N", help="length of the video; memory takes several")
     parser.add_argument("--input-size", type=size, metavar="HxW", help="network input")
