@@ -67,11 +67,6 @@ build() { # vis/_C.so for the visible GPUs; in a dry run for the CPU, elsewhere
         VIS_BUILD_CUDA=0 "$python" setup.py build_ext --build-lib "$out/lib" --build-temp "$out/tmp"
         return
     fi
-    # nvcc on the PATH may be a script that calls another: it says itself where its libraries are
-    if [ -z "${CUDA_HOME:-}" ] && command -v nvcc >/dev/null; then
-        CUDA_HOME=$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
-        export CUDA_HOME
-    fi
     VIS_BUILD_CUDA=1 "$python" setup.py build_ext --inplace --build-temp "$out/tmp"
 }
 

@@ -65,7 +65,7 @@ def test_table_has_the_floor_that_governs() -> None:
     missing = {name: "not here" for name in (*op.BACKENDS, "deformops") if name != "compiled"}
     text = op_device.lines({"rows": [row], "missing": missing, "dry_run": False})
     line = next(line for line in text if line.split()[3:4] == ["forward"])
-    assert line.split()[4:] == ["16.0", "8.0", "l1", "1.99x", "50.4"]
+    assert line.split()[4:] == ["16.0", "8.0", "l1", "2.00x", "50.4"]
 
 
 def test_backends_take_turns() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -31,14 +30,10 @@ def library(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     named = os.environ.get("VIS_CUDA_LIBRARY")
     if named:
         return Path(named)
-    nvcc = shutil.which("nvcc")
-    if nvcc is None or torch.version.cuda is None:
+    if shutil.which("nvcc") is None or torch.version.cuda is None:
         pytest.skip("no nvcc, or a torch without CUDA")
-    listed = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
-    home = re.search(r"^#\$ TOP=(.*)$", listed.stderr, re.M)  # nvcc on the PATH may be a script that calls another
-    assert home is not None, listed.stderr
     folder = tmp_path_factory.mktemp("cuda_build")
-    variables = {"VIS_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "CUDA_HOME": home[1], "MAX_JOBS": "1"}
+    variables = {"VIS_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "MAX_JOBS": "1"}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "tmp")]
     done = subprocess.run(
         command, cwd=project_root, env={**os.environ, **variables}, capture_output=True, text=True, check=False
