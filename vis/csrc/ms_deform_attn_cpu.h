@@ -37,7 +37,7 @@ template <typename T>
 class Scratch {
  public:
   Scratch(const Sizes& sizes, at::IntArrayRef shapes, at::IntArrayRef starts)
-      : count_(QUERIES * sizes.samples()), numbers_(15 * count_), integers_(7 * count_) {
+      : count_(QUERIES * sizes.samples()), numbers_(15 * count_), integers_(9 * count_) {
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t level = i % sizes.samples() / sizes.points;
       rows()[i] = static_cast<int32_t>(shapes[2 * level]);
@@ -64,8 +64,11 @@ class Scratch {
   int32_t* rows() { return integer(0); }
   int32_t* columns() { return integer(1); }
   int32_t* start() { return integer(2); }
+  // The column and the line of the upper left neighbour.
+  int32_t* column() { return integer(3); }
+  int32_t* line() { return integer(4); }
   // The row of a neighbour in (S, M, D), or -1 outside of its level.
-  int32_t* row(int corner) { return integer(3 + corner); }
+  int32_t* row(int corner) { return integer(5 + corner); }
 
  private:
   T* number(int i) { return numbers_.data() + i * count_; }

@@ -42,8 +42,63 @@ VIS_TARGET inline T total(const typename Vector<T, 64>::type& v, T* tag) {
 }
 #endif
 
-// Position, shares and rows of the `count` samples that the block's locations and weights give. Selections instead of
-// branches, so that it is vectorised. NaN is not "outside": it stays in the shares; no index is made of it.
+// Along one axis: from places in 0..1 to the cell before each place (-2 outside, so that neither it nor the next is one)
+// and to the shares of that cell and of the next. Selections instead of branches, so that it is vectorised. NaN is not
+// "outside": it stays in the shares, but no index is made of it.
+template <typename T>
+VIS_TARGET inline void locate(
+    int64_t count, const T* __restrict size, T* __restrict place, T* __restrict share, int32_t* __restrict cell) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T n = size[i], at = place[i] * n - T(0.5);
+    T known = at > T(-1) ? at : T(0);
+    known = at < n ? known : T(0);
+    int32_t lower = static_cast<int32_t>(known);
+    lower -= known < static_cast<T>(lower) ? 1 : 0; // towards minus infinity
+    T after = at - static_cast<T>(lower), before = T(1) - after;
+    after = at <= T(-1) ? T(0) : after;
+    after = at >= n ? T(0) : after;
+    before = at <= T(-1) ? T(0) : before;
+    before = at >= n ? T(0) : before;
+    lower = at > T(-1) ? lower : -2;
+    lower = at < n ? lower : -2;
+    place[i] = after;
+    share[i] = before;
+    cell[i] = lower;
+  }
+}
+
+// Shares times attention weights of the two neighbours in the upper or lower line, whose own share is `across`.
+template <typename T>
+VIS_TARGET inline void multiply(
+    int64_t count, const T* __restrict attention, const T* __restrict before, const T* __restrict after,
+    T* __restrict to_before, T* __restrict to_after, const T* __restrict across) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T share = across[i] * attention[i];
+    to_before[i] = share * before[i];
+    to_after[i] = share * after[i];
+  }
+}
+
+// Rows of the same two neighbours, -1 outside. The lower line is the `next` one after the upper.
+VIS_TARGET inline void number(
+    int64_t count, const int32_t* __restrict lines, const int32_t* __restrict columns, const int32_t* __restrict start,
+    const int32_t* __restrict line, const int32_t* __restrict column, int32_t* __restrict left, int32_t* __restrict right,
+    int32_t next) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t y = line[i] + next, x = column[i], row = start[i] + y * columns[i] + x;
+    int32_t at_left = x < 0 ? -1 : row;
+    at_left = y < 0 ? -1 : at_left;
+    at_left = y >= lines[i] ? -1 : at_left;
+    int32_t at_right = x < -1 ? -1 : row + 1;
+    at_right = x + 1 >= columns[i] ? -1 : at_right;
+    at_right = y < 0 ? -1 : at_right;
+    at_right = y >= lines[i] ? -1 : at_right;
+    left[i] = at_left;
+    right[i] = at_right;
+  }
+}
+
+// Copies what belongs to the samples of the block together, and sets them up.
 template <typename T>
 VIS_TARGET inline void set_up(const Arrays<T>& arrays, Scratch<T>& scratch, const Block<T>& block) {
   const Sizes& sizes = arrays.sizes;
@@ -61,47 +116,15 @@ VIS_TARGET inline void set_up(const Arrays<T>& arrays, Scratch<T>& scratch, cons
       attention[to + i] = arrays.weights[at + i];
     }
   }
-  const T* __restrict width = scratch.width();
-  const T* __restrict height = scratch.height();
-  const int32_t* __restrict columns = scratch.columns();
-  const int32_t* __restrict lines = scratch.rows();
-  const int32_t* __restrict start = scratch.start();
-  T* __restrict left = scratch.left();
-  T* __restrict upper = scratch.upper();
-  T* __restrict share0 = scratch.share(0);
-  T* __restrict share1 = scratch.share(1);
-  T* __restrict share2 = scratch.share(2);
-  T* __restrict share3 = scratch.share(3);
-  int32_t* __restrict row0 = scratch.row(0);
-  int32_t* __restrict row1 = scratch.row(1);
-  int32_t* __restrict row2 = scratch.row(2);
-  int32_t* __restrict row3 = scratch.row(3);
-  for (int64_t i = 0; i < count; ++i) {
-    const T x = xs[i] * width[i] - T(0.5), y = ys[i] * height[i] - T(0.5);
-    const bool inside = (x > T(-1)) & (x < width[i]) & (y > T(-1)) & (y < height[i]);
-    const bool outside = (x <= T(-1)) | (x >= width[i]) | (y <= T(-1)) | (y >= height[i]);
-    const T safe_x = inside ? x : T(0), safe_y = inside ? y : T(0);
-    int32_t column = static_cast<int32_t>(safe_x), line = static_cast<int32_t>(safe_y);
-    column -= safe_x < static_cast<T>(column) ? 1 : 0; // towards minus infinity
-    line -= safe_y < static_cast<T>(line) ? 1 : 0;
-    const T right_share = outside ? T(0) : x - static_cast<T>(column), left_share = outside ? T(0) : T(1) - right_share;
-    const T lower_share = outside ? T(0) : y - static_cast<T>(line), upper_share = outside ? T(0) : T(1) - lower_share;
-    xs[i] = right_share;
-    ys[i] = lower_share;
-    left[i] = left_share;
-    upper[i] = upper_share;
-    const T of_upper = upper_share * attention[i], of_lower = lower_share * attention[i];
-    share0[i] = of_upper * left_share;
-    share1[i] = of_upper * right_share;
-    share2[i] = of_lower * left_share;
-    share3[i] = of_lower * right_share;
-    const bool at_left = inside & (column >= 0), at_right = inside & (column + 1 < columns[i]);
-    const bool at_upper = line >= 0, at_lower = line + 1 < lines[i];
-    const int32_t row = start[i] + line * columns[i] + column;
-    row0[i] = at_left & at_upper ? row : -1;
-    row1[i] = at_right & at_upper ? row + 1 : -1;
-    row2[i] = at_left & at_lower ? row + columns[i] : -1;
-    row3[i] = at_right & at_lower ? row + columns[i] + 1 : -1;
+  locate(count, scratch.width(), xs, scratch.left(), scratch.column());
+  locate(count, scratch.height(), ys, scratch.upper(), scratch.line());
+  for (int below = 0; below < 2; ++below) {
+    number(
+        count, scratch.rows(), scratch.columns(), scratch.start(), scratch.line(), scratch.column(),
+        scratch.row(2 * below), scratch.row(2 * below + 1), below);
+    multiply(
+        count, attention, scratch.left(), xs, scratch.share(2 * below), scratch.share(2 * below + 1),
+        below ? ys : scratch.upper());
   }
 }
 
