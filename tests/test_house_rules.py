@@ -107,7 +107,7 @@ def test_every_import_is_a_runtime_requirement() -> None:
     own = {"vis", "tools", "detectron2", *(path.stem for path in sources("tools", "datasets"))}
     used = {name for path in sources("vis", "tools", "datasets") for name in imports(path)}
     wanted = {named_otherwise.get(name, name) for name in used - own - set(sys.stdlib_module_names)}
-    # setuptools: setup.py's, and torch.utils.cpp_extension's; triton: comes with torch where it is of use, asked for first
+    # setuptools: setup.py's, and torch.utils.cpp_extension's; triton: comes with torch, or is not used
     allowed = requirement_names(0) | {"setuptools", "triton"}
     assert wanted <= allowed
 
