@@ -59,8 +59,8 @@ def labelled(frames: list[Tensor], present: list[list[bool]]) -> ClipSample:
 
 
 def assert_same(found: VideoPrediction, expected: VideoPrediction) -> None:
-    # Results of other batch sizes differ by rounding; where that moves a mask logit over zero, a query sees one cell more
-    # or less, which shows in the third or fourth digit. Frames that are mixed up show in the first.
+    # Results of other batch sizes differ by rounding; where that moves a mask logit over zero, a query sees one cell
+    # more or less, which shows in the third or fourth digit. Frames that are mixed up show in the first.
     torch.testing.assert_close(found.scores, expected.scores, rtol=5e-3, atol=1e-5)
     assert found.labels.tolist() == expected.labels.tolist()
     assert found.track_ids.tolist() == expected.track_ids.tolist()
