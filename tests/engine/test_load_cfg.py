@@ -124,6 +124,7 @@ def test_imports_that_fail(write: Write) -> None:
             r"unknown config key MODEL.MASK_FORMER.NUM_QUERIES.*'NUM_OBJECT_QUERIES'",
         ),
         ("SOLVR: {BASE_LR: 1.0}", "unknown config key SOLVR. Did you mean 'SOLVER'"),
+        ("SOLVER: {BASE_LR: }", "SOLVER.BASE_LR has no value; give one like"),
         ("SOLVER: {BASE_LR: {A: 1}}", "SOLVER.BASE_LR is a value, not a group of keys, so SOLVER.BASE_LR.A"),
         ("SOLVER: 3", "SOLVER is a group of keys, it cannot be set to 3"),
         ("MODEL: 3", "MODEL is a group of keys, it cannot be set to 3"),

@@ -211,6 +211,8 @@ def _check_key(cfg: CfgNode, path: tuple[str, ...], value: Any, source: str) -> 
         if key not in node:
             raise ValueError(f"{source}: unknown config key {dotted}.{closest(key, node)}")
         node = node[key]
+    if value is None and node is not None:
+        raise ValueError(f"{source}: {'.'.join(path)} has no value; give one like {node!r}, or leave the key out")
     if isinstance(node, CfgNode):
         raise ValueError(f"{source}: {'.'.join(path)} is a group of keys, it cannot be set to {value!r}")
 
