@@ -79,8 +79,14 @@ def test_sizes_on_a_device_are_refused() -> None:
     value, locations, weights = arguments(1)
     with pytest.raises(ValueError, match="spatial_shapes lies on meta"):
         ms_deform_attn(value, torch.tensor(SHAPES, device="meta"), STARTS, locations, weights)
-    with pytest.raises(ValueError, match="level_start_index lies on meta"):
-        ms_deform_attn(value, SHAPES, torch.tensor(STARTS, device="meta"), locations, weights)
+
+
+def test_starts_on_a_device_are_not_read() -> None:
+    value, locations, weights = arguments(1)
+    expected = ms_deform_attn(value, SHAPES, STARTS, locations, weights)
+    assert torch.equal(ms_deform_attn(value, SHAPES, torch.tensor(STARTS, device="meta"), locations, weights), expected)
+    with pytest.raises(ValueError, match="level_start_index is"):
+        ms_deform_attn(value, SHAPES, torch.tensor(STARTS[:-1], device="meta"), locations, weights)
 
 
 def test_gradients() -> None:
@@ -256,6 +262,13 @@ def test_on_and_beside_the_borders() -> None:
     expected = reference.by_grid_sample(value, UNEVEN, UNEVEN_STARTS, locations, weights)
     found = ms_deform_attn(value, UNEVEN, UNEVEN_STARTS, locations, weights)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_no_points_give_zeros() -> None:
+    value, locations, weights = uneven_inputs(5, torch.float32, points=0)
+    out, *gradients = with_gradients(ms_deform_attn, [value, locations, weights], UNEVEN, UNEVEN_STARTS)
+    assert out.shape == (2, 37, 15)
+    assert all(not x.any() for x in (out, *gradients))
 
 
 @pytest.mark.parametrize(("n", "queries"), [(0, 4), (2, 0), (0, 0)])

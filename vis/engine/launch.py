@@ -94,8 +94,8 @@ def _join(function: Callable[..., Any], cuda: bool, args: tuple[Any, ...]) -> No
         comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
         comm.synchronize()
         function(*args)
-        # Everybody is done before anybody leaves, and models that are wrapped for data-parallel training are gone before
-        # the process group is: Gloo's threads have been seen to abort a process that was left by its peers.
+        # Everybody is done before anybody leaves, and models that are wrapped for data-parallel training are gone
+        # before the process group is: Gloo's threads have been seen to abort a process that was left by its peers.
         comm.synchronize()
         gc.collect()
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,17 +21,14 @@ def shape_pairs(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
     Raises:
         ValueError: a tensor on an accelerator was given; reading it would stall the device at every call.
     """
-    return [(int(h), int(w)) for h, w in _on_host(spatial_shapes, "spatial_shapes")]
-
-
-def _on_host(values: Sequence[Any] | Tensor, name: str) -> Sequence[Any]:
-    if not isinstance(values, Tensor):
-        return values
-    if values.device.type != "cpu":
-        raise ValueError(
-            f"{name} lies on {values.device}; pass Python ints or a CPU tensor, so that no call waits for the device"
-        )
-    return values.tolist()
+    if isinstance(spatial_shapes, Tensor):
+        if spatial_shapes.device.type != "cpu":
+            raise ValueError(
+                f"spatial_shapes lies on {spatial_shapes.device}; pass Python ints or a CPU tensor, so that no call "
+                "waits for the device"
+            )
+        spatial_shapes = spatial_shapes.tolist()
+    return [(int(h), int(w)) for h, w in spatial_shapes]
 
 
 def ms_deform_attn(
@@ -46,7 +43,8 @@ def ms_deform_attn(
     Args:
         value: (N, S, M, D) features of all levels, S = sum of h*w, M heads of D channels.
         spatial_shapes: the L level sizes (h, w), as ints or a CPU tensor (L, 2).
-        level_start_index: (L,) first row of each level in S.
+        level_start_index: (L,) first row of each level in S, as ints or a CPU tensor. A tensor on an accelerator is not
+            read, which would stall the device: the levels are then taken to follow one another, as they always do.
         sampling_locations: (N, Lq, M, L, P, 2) as (x, y), 0..1 over the level; outside of it the value is zero.
         attention_weights: (N, Lq, M, L, P).
 
@@ -61,7 +59,10 @@ def ms_deform_attn(
             a pixel; the backend that is asked for is not there.
     """
     shapes = shape_pairs(spatial_shapes)
-    starts = [int(start) for start in _on_host(level_start_index, "level_start_index")]
+    if isinstance(level_start_index, Tensor) and level_start_index.device.type != "cpu":
+        starts = [0, *accumulate(h * w for h, w in shapes)][: len(level_start_index)]
+    else:
+        starts = [int(start) for start in level_start_index]
     _check_sizes(value, shapes, starts, sampling_locations, attention_weights)
     sampling_locations, attention_weights = _converted(value, sampling_locations, attention_weights)
     if torch.onnx.is_in_onnx_export():

@@ -40,6 +40,10 @@ def _weighted_samples(
     n, s, m, d = value.shape
     lq, levels, points = sampling_locations.shape[1], sampling_locations.shape[3], sampling_locations.shape[4]
 
+    if 0 in (levels, points):
+        nothing = value[:, :0].sum() + sampling_locations.sum() + attention_weights.sum()  # 0, and part of the graph
+        return value.new_zeros(n, lq, m * d) + nothing.to(value.dtype)
+
     # Row of `value`, seen as a table (N*S*M, D), and weight of the four neighbours of every sample. One embedding_bag
     # then gathers, weights and adds: it keeps D contiguous and stores no sample, unlike grid_sample per level.
     device, dtype = value.device, sampling_locations.dtype
