@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--make-weights", action="store_true", help="train the small checkpoint instead (about an hour)"
+        "--make-weights", action="store_true", help="train the small checkpoint instead (35 to 60 minutes)"
     )
     parser.add_argument("--config-file", metavar="FILE", help="default: the one in configs/demo for what is run")
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors")

@@ -52,7 +52,7 @@ def run_demo(args: argparse.Namespace) -> None:
     lines = [
         f"The demo took {minutes:.1f} minutes: {cfg.SOLVER.MAX_ITER} iterations from {origin}.",
         f"AP on the held-out clips of {', '.join(cfg.DATASETS.TEST)}: {_ap(before)} before, {_ap(after)} after.",
-        *_curve(folder),
+        *_curve(folder, cfg.SOLVER.MAX_ITER),
         f"Pictures:   {', '.join(str(path) for path in pictures)} (predictions beside the ground truth)",
         f"Results:    {folder}/inference/results.json",
         f"Log:        {folder}/log.txt, curves by: tensorboard --logdir {folder}",
@@ -74,7 +74,7 @@ def make_weights(args: argparse.Namespace) -> None:
     trainer.train()
     export_half(trainer.module.state_dict(), WEIGHTS)
     print(f"\n{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.2f} MB")
-    print("\n".join(_curve(Path(cfg.OUTPUT_DIR))), flush=True)
+    print("\n".join(_curve(Path(cfg.OUTPUT_DIR), cfg.SOLVER.MAX_ITER)), flush=True)
 
 
 def export_half(state: dict[str, torch.Tensor], path: Path) -> None:
@@ -125,11 +125,11 @@ def _ap(results: dict[str, float]) -> str:
     return f"{results['AP'] / 100:.3f}" if "AP" in results else "none"
 
 
-def _curve(folder: Path) -> Iterable[str]:
+def _curve(folder: Path, max_iter: int) -> Iterable[str]:
     """AP by iteration, as far as evaluations ran."""
     points = []
     for line in (folder / "metrics.json").read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         if "segm/AP" in entry:
-            points.append(f"{entry['iteration'] + 1}: {entry['segm/AP'] / 100:.3f}")
+            points.append(f"{min(entry['iteration'] + 1, max_iter)}: {entry['segm/AP'] / 100:.3f}")
     return [f"AP by iteration: {', '.join(dict.fromkeys(points))}"] if points else []
