@@ -9,7 +9,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor
 
 from vis.layers.position_encoding import sine_position_encoding
-from vis.modeling.pixel_decoders import MSDeformAttnPixelDecoder
+from vis.modeling.pixel_decoders import MSDeformAttnPixelDecoder, msdeformattn
 from vis.modeling.pixel_decoders.msdeformattn import EncoderLayer, cell_centres
 
 SHAPES = {f"res{i + 2}": ShapeSpec(channels=5 + 3 * i, stride=4 * 2**i) for i in range(4)}
@@ -26,6 +26,7 @@ def decoder(**changes: Any) -> MSDeformAttnPixelDecoder:
         "norm": "GN",
         "common_stride": 4,
         "num_encoder_layers": 2,
+        "encoder_checkpoint": False,
         "num_heads": 2,
         "num_points": 3,
         "feedforward_dim": 13,
@@ -41,6 +42,21 @@ def features(height: int, width: int, n: int = 2) -> dict[str, Tensor]:
         name: torch.randn(n, shape.channels, -(-height // shape.stride), -(-width // shape.stride))
         for name, shape in SHAPES.items()
     }
+
+
+def test_recomputing_the_encoder_changes_memory_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    forward = msdeformattn.EncoderLayer.forward
+    monkeypatch.setattr(msdeformattn.EncoderLayer, "forward", lambda self, *a: calls.append(0) or forward(self, *a))
+    results = []
+    for encoder_checkpoint in (False, True):
+        model = decoder(encoder_checkpoint=encoder_checkpoint).train()
+        inputs = {name: x.requires_grad_() for name, x in features(64, 96).items()}
+        mask_features, memory = model(inputs)
+        (mask_features.square().sum() + memory[0].square().sum()).backward()
+        results.append([mask_features, *(x.grad for x in inputs.values()), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    assert len(calls) == 2 + 2 * 2  # two layers; with the key each runs once more in the backward pass
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (71, 45), (33, 130)])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vis.config import declare
 from vis.layers.linear import Linear
@@ -38,6 +39,8 @@ def add_config(cfg: CfgNode) -> None:
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8
     # The released models use 1024 whatever MASK_FORMER.DIM_FEEDFORWARD says.
     head.DEFORMABLE_TRANSFORMER_ENCODER_DIM_FEEDFORWARD = 1024
+    # Recompute the encoder in the backward pass instead of keeping its activations: less memory, a little more time.
+    head.TRANSFORMER_ENC_CHECKPOINT = False
 
 
 class EncoderLayer(nn.Module):
@@ -67,8 +70,9 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """A stack of :class:`EncoderLayer`."""
 
-    def __init__(self, *, num_layers: int, **layer: Any) -> None:
+    def __init__(self, *, num_layers: int, use_checkpoint: bool, **layer: Any) -> None:
         super().__init__()
+        self.use_checkpoint = use_checkpoint
         self.layers = nn.ModuleList(EncoderLayer(**layer) for _ in range(num_layers))
 
     def forward(self, x: Tensor, pos: Tensor, shapes: Shapes) -> Tensor:
@@ -76,7 +80,10 @@ class Encoder(nn.Module):
         starts = [0, *accumulate(h * w for h, w in shapes[:-1])]
         reference_points = cell_centres(tuple(shapes), x.device)
         for layer in self.layers:
-            x = layer(x, pos, reference_points, shapes, starts)
+            if self.use_checkpoint and self.training:
+                x = checkpoint(layer, x, pos, reference_points, shapes, starts, use_reentrant=False)
+            else:
+                x = layer(x, pos, reference_points, shapes, starts)
         return x
 
 
@@ -128,6 +135,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         norm: str,
         common_stride: int,
         num_encoder_layers: int,
+        encoder_checkpoint: bool,
         num_heads: int,
         num_points: int,
         feedforward_dim: int,
@@ -151,6 +159,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             embed_dim=conv_dim,
             num_levels=len(self.transformer_in_features),
             num_layers=num_encoder_layers,
+            use_checkpoint=encoder_checkpoint,
             feedforward_dim=feedforward_dim,
             num_heads=num_heads,
             num_points=num_points,
@@ -187,6 +196,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             "norm": head.NORM,
             "common_stride": head.COMMON_STRIDE,
             "num_encoder_layers": head.TRANSFORMER_ENC_LAYERS,
+            "encoder_checkpoint": head.TRANSFORMER_ENC_CHECKPOINT,
             "num_heads": head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS,
             "num_points": head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
             "feedforward_dim": head.DEFORMABLE_TRANSFORMER_ENCODER_DIM_FEEDFORWARD,
