@@ -32,6 +32,9 @@ def library(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         return Path(named)
     if shutil.which("nvcc") is None or torch.version.cuda is None:
         pytest.skip("no nvcc, or a torch without CUDA")
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    if f"release {torch.version.cuda.partition('.')[0]}." not in version:
+        pytest.skip(f"nvcc is not of the CUDA release that torch was built with, {torch.version.cuda}")
     folder = tmp_path_factory.mktemp("cuda_build")
     variables = {"VIS_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "MAX_JOBS": "1"}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "tmp")]
