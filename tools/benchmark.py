@@ -6,6 +6,7 @@
     python tools/benchmark.py train                  # a training step
     python tools/benchmark.py op                     # deformable attention alone, its backends side by side on a CPU
     python tools/benchmark.py op-device              # the same on a GPU: device times, against what it must move
+    python tools/benchmark.py linear                 # linear layers on a CPU, beside torch's own
     python tools/benchmark.py data                   # the loaders, on the synthetic data set
 
 KEY VALUE pairs after --opts change the configuration. Without --weights or --manifest the model has its initial
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from vis.engine.benchmarks import Settings, data, inference, memory, op, op_device, train
+from vis.engine.benchmarks import Settings, data, inference, linear, memory, op, op_device, train
 from vis.engine.benchmarks.common import device_name, environment
 
 Benchmark = tuple[Callable[[Settings], dict[str, Any]], Callable[[dict[str, Any]], list[str]], dict[str, Any]]
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "inference": (inference.measure_inference, inference.lines, {}),
     "memory": (memory.measure_memory, memory.lines, {"frames": (30, 300), "warmup": 0, "repeats": 1}),
     "train": (train.measure_train, train.lines, {"input_size": (240, 416), "frames": (1,)}),
+    "linear": (linear.measure_linear, linear.lines, {"repeats": 10}),
     "data": (data.measure_data, data.lines, {}),
 }
 

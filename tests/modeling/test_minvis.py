@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vis.modeling.meta_arch.minvis import MinVIS, windows
 from vis.modeling.segmenter import FrameNormalizer
+from vis.modeling.transformer_decoders import masked
 from vis.modeling.transformer_decoders.masked import predict_masks
 from vis.structures import ClipSample, VideoPrediction
 
@@ -59,15 +60,36 @@ def labelled(frames: list[Tensor], present: list[list[bool]]) -> ClipSample:
 
 
 def assert_same(found: VideoPrediction, expected: VideoPrediction) -> None:
-    # Results of other batch sizes differ by rounding; where that moves a mask logit over zero, a query sees one cell
-    # more or less, which shows in the third or fourth digit. Frames that are mixed up show in the first.
-    torch.testing.assert_close(found.scores, expected.scores, rtol=5e-3, atol=1e-5)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-6)
     assert found.labels.tolist() == expected.labels.tolist()
     assert found.track_ids.tolist() == expected.track_ids.tolist()
     assert (found.height, found.width, found.length) == (expected.height, expected.width, expected.length)
     for ours, theirs in zip(found.masks, expected.masks, strict=True):
         for a, b in zip(ours, theirs, strict=True):
-            assert pixels_apart(a, b) <= ORIGINAL[0] * ORIGINAL[1] // 200
+            assert pixels_apart(a, b) <= 2  # a logit within rounding of zero may fall on either side
+
+
+@torch.no_grad()
+def firm_video(model: MinVIS, seed: int) -> list[Tensor]:
+    """A video in which no attention hangs on rounding, which differs with the number of frames that run together.
+
+    A mask logit within rounding of zero opens or closes a whole cell to a query, and that shows in the third digit.
+    """
+    for attempt in range(20):
+        frames, nearest = video(seed + 100 * attempt), []
+        with pytest.MonkeyPatch.context() as patch:
+            look = masked.attention_mask
+
+            def spy(embeds: Tensor, features: Tensor, look: Any = look, nearest: list = nearest) -> Tensor:
+                nearest.append(float((embeds @ features).abs().min()))
+                return look(embeds, features)
+
+            patch.setattr(masked, "attention_mask", spy)
+            model.sem_seg_head(model.backbone(model.normalizer(frames)))
+        assert nearest
+        if min(nearest) > 1e-5:
+            return frames
+    raise AssertionError("every video has a logit next to zero")
 
 
 def decoded(rle: Any) -> np.ndarray:
@@ -129,12 +151,12 @@ def test_results_equal_the_naive_ones(model: MinVIS) -> None:
 def test_windows_do_not_change_the_result(model: MinVIS, tiny_model: Callable[..., MinVIS], size: int) -> None:
     other = tiny_model({"MODEL.MASK_FORMER.TEST.WINDOW_SIZE": size})
     assert other.window_size == size
-    frames = video(2)
+    frames = firm_video(model, 2)
     assert_same(other([clip(frames)])[0], model([clip(frames)])[0])
 
 
 def test_pushes_do_not_change_the_result(model: MinVIS) -> None:
-    frames = video(2)
+    frames = firm_video(model, 2)
     session = model.open_video(*ORIGINAL)
     for pushed in (frames[:1], [], frames[1:4], frames[4:]):
         session.push(pushed)
@@ -181,7 +203,7 @@ def test_tracks_follow_queries_that_change_places(
     model: MinVIS, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, size: int
 ) -> None:
     """Within a window and from one to the next: only the first frame decides how tracks are numbered."""
-    frames = video(2)
+    frames = firm_video(model, 2)
     (expected,) = model([clip(frames)])
     shuffled = request.getfixturevalue("shuffled")
     monkeypatch.setattr(shuffled, "window_size", size)
@@ -191,7 +213,7 @@ def test_tracks_follow_queries_that_change_places(
 
 
 def test_open_sessions_do_not_mix(shuffled: MinVIS) -> None:
-    videos = [video(1), video(5)]
+    videos = [firm_video(shuffled, 1), firm_video(shuffled, 5)]
     sessions = [shuffled.open_video(*ORIGINAL, video_id=i) for i in range(2)]
     for t in range(FRAMES):
         for session, frames in zip(sessions, videos, strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from vis.engine.benchmarks import Settings, inference, memory, op, train
+from vis.engine.benchmarks import Settings, inference, linear, memory, op, train
 from vis.engine.benchmarks.common import (
     MovingFrames,
     environment,
@@ -132,6 +132,15 @@ def test_op_covers_every_backend_and_size(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(result["rows"]) == 2 * len(op.BACKENDS)
     assert [row["tokens"] for row in result["rows"]][:2] == [8 * 12 + 4 * 6 + 2 * 3, 4 * 8 + 2 * 4 + 2]
     assert len(op.lines(result)) == len(result["rows"])
+
+
+def test_linear_layers_side_by_side(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "SIZES", ((97, 5, 7), (3, 4, 2)))
+    out = tmp_path / "linear.json"
+    assert tool.main(["linear", "--repeats", "2", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["result"]["rows"]
+    assert [row["size"] for row in rows] == [[97, 5, 7], [3, 4, 2]]
+    assert all(row[who][kind] >= 0 for row in rows for who in ("vis", "torch") for kind in op.BARS)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ class FrameNormalizer(nn.Module):
         if not len(frames):
             raise ValueError("no frames were given")
         height, width = self.padded_size([tuple(frame.shape[-2:]) for frame in frames])
-        # Channels last: convolutions run about 1.4 times as fast on CPUs, and no slower on GPUs.
+        # Channels last: what oneDNN's convolutions on CPUs work in, and where 1x1 ones are linear layers of rows.
         out = torch.empty(len(frames), 3, height, width, device=self.device, memory_format=torch.channels_last).zero_()
         for row, frame in zip(out, frames, strict=True):
             if frame.dim() != 3 or frame.shape[0] != 3:
