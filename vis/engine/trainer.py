@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import math
 import time
@@ -373,6 +374,9 @@ def _mixed_precision(cfg: CfgNode, device: torch.device) -> tuple[torch.dtype | 
 def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
     if comm.get_world_size() == 1:
         return model
-    return DistributedDataParallel(
-        model, device_ids=[torch.cuda.current_device()] if device.type == "cuda" else None, broadcast_buffers=False
-    )
+    # Each process keeps its own statistics of the batches; the option was renamed, and the old name warns.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    option: dict[str, Any] = {name: False}
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, **option)

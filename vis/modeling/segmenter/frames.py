@@ -30,8 +30,11 @@ class FrameNormalizer(nn.Module):
         if not len(frames):
             raise ValueError("no frames were given")
         height, width = self.padded_size([tuple(frame.shape[-2:]) for frame in frames])
-        # Channels last: what oneDNN's convolutions on CPUs work in, and where 1x1 ones are linear layers of rows.
-        out = torch.empty(len(frames), 3, height, width, device=self.device, memory_format=torch.channels_last).zero_()
+        # On CPUs channels last: what oneDNN works in, and where 1x1 convolutions are linear layers of rows. Elsewhere
+        # as usual, so that gradients lie as the parameters do, which data-parallel training wants.
+        on_cpu = self.device.type == "cpu"
+        layout = torch.channels_last if on_cpu else torch.contiguous_format
+        out = torch.empty(len(frames), 3, height, width, device=self.device, memory_format=layout).zero_()
         for row, frame in zip(out, frames, strict=True):
             if frame.dim() != 3 or frame.shape[0] != 3:
                 raise ValueError(f"a frame must be (3, H, W), found {tuple(frame.shape)}")
