@@ -168,6 +168,7 @@ setup(
     python_requires=">=3.10",
     packages=find_namespace_packages(include=["vis", "vis.*"], exclude=["vis.csrc"]),
     include_package_data=False,
+    package_data={"vis.visualization.report": ["*.html", "*.css", "*.js"]},
     # detectron2 is needed as well: tools/install_detectron2.py
     install_requires=runtime_requirements(),
     **build_settings(),

@@ -129,6 +129,8 @@ def set_up(environment: Path) -> None:
     _run("setuptools and wheel", [*pip, "--quiet", "setuptools", "wheel"])
     _run("requirements.txt", [*pip, "--quiet", "-r", "requirements.txt"])
     _run("detectron2", [python, "tools/install_detectron2.py", "--constraint", "constraints.txt"])
+    # without what it asks for: opencv-python would overwrite the files of opencv-python-headless
+    _run("TrackEval, which tests compare with", [*pip, "--quiet", "--no-deps", "trackeval"])
     _run("vis, editable", [*pip, "--quiet", "--no-build-isolation", "--no-deps", "--editable", "."])
     if not (ROOT / LIBRARY).is_file():
         print(
