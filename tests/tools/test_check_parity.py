@@ -16,8 +16,8 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from vis.engine.parity import Check, check_parity, fill_weights, formula_weight, read_manifest
-from vis.engine.parity.outputs import relative_error
+from vis.engine.parity import Check, check_parity, fill_weights, formula_weight, left_out, read_manifest
+from vis.engine.parity.outputs import check_outputs, relative_error
 from vis.structures import ClipSample, VideoPrediction
 
 FRAMES, CLIP, HEIGHT, WIDTH, CLASSES, SLOTS = 4, 3, 10, 14, 7, 2
@@ -347,3 +347,48 @@ def test_released_minvis(project_root: Path, shared_dir: Path, capsys: pytest.Ca
     arguments += ["--losses", str(folder / "minvis_r50.train.json")]
     status = load_tool(project_root, "check_parity").main(arguments)
     assert status == 0, capsys.readouterr().out
+
+
+def test_a_part_alone(recording: Path) -> None:
+    """``only``: the backbone of a model whose head is another, on more frames than were recorded."""
+    frames = 3
+    model = Stub()
+    manifest = read_manifest(recording / "m.manifest.json.gz")
+    renamed = {name.replace("first.", "backbone."): entry for name, entry in manifest.items() if "first" in name}
+    renamed["head.weight"] = manifest["head.weight"]
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = model.first
+            self.other = nn.Linear(2, 3)
+
+        def parity_outputs(self, sample: ClipSample) -> dict[str, Tensor]:
+            return {"backbone.res2": self.backbone(torch.stack(list(sample["image"])).float() / 255)}
+
+    part = Part()
+    file = recording / "part.manifest.json.gz"
+    file.write_bytes(gzip.compress(json.dumps(renamed).encode()))
+    fill_weights(part, renamed, ["backbone."])
+    with np.load(recording / "m.npz") as archive:
+        image = torch.from_numpy(archive["input"]).float() / 255
+    with torch.no_grad():
+        full = part.backbone(image[:frames]).numpy()
+    rewrite(recording / "m.npz", **{"backbone.res2": full, "backbone.res2.shape": None, "backbone.res2.stride": None})
+    before = part.other.weight.clone()
+    checks = check_parity(part, file, recording / "m.npz", only=["backbone."])
+    assert {check.name for check in checks if not check.ok} == set()
+    assert len(checks) == 6
+    assert f"({frames}, 5, {HEIGHT}, {WIDTH})" in checks[-1].detail
+    assert torch.equal(part.other.weight, before)
+    named = "\n".join(left_out(part, file, recording / "m.npz", ["backbone."]))
+    assert "1 keys of the release and 2 of the model" in named
+    assert "pred_cls, scores, labels, areas" in named
+    assert left_out(part, file, recording / "m.npz", []) == []
+    assert any(not check.ok for check in check_parity(part, file, recording / "m.npz"))
+    with pytest.raises(ValueError, match=r"no key of the manifest begins with 'backbon_'; they begin with backbone\."):
+        check_parity(part, file, recording / "m.npz", only=["backbon_"])
+    with pytest.raises(ValueError, match="begins with head"):
+        check_outputs(part, recording / "m.npz", ["head."])
+    with pytest.raises(ValueError, match="leave out --only"):
+        check_parity(part, file, None, recording / "m.train.json", only=["backbone."])

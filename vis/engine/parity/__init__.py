@@ -11,24 +11,25 @@ What a model offers:
 * ``model([sample])``: in evaluation mode a ``VideoPrediction``, from which ``scores``, ``labels`` and ``areas`` are
   taken; in training mode the weighted losses.
 
-An array or a loss that cannot be compared is a failure. Nothing is skipped.
+An array or a loss that cannot be compared is a failure. Nothing is skipped but what ``only`` leaves out on demand
+(``left_out`` names it): so a part such as the backbone can be compared with the recording of another model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from vis.config import CfgNode
-from vis.engine.parity.common import Check
+from vis.engine.parity.common import Check, chosen, read_npz
 from vis.engine.parity.losses import check_losses, read_losses
-from vis.engine.parity.outputs import check_outputs
+from vis.engine.parity.outputs import array_names, check_outputs
 from vis.engine.parity.weights import check_state_dict, fill_weights, formula_weight, read_manifest
 
-__all__ = ["Check", "check_parity", "fill_weights", "formula_weight", "parity_options", "read_manifest"]
+__all__ = ["Check", "check_parity", "fill_weights", "formula_weight", "left_out", "parity_options", "read_manifest"]
 
 
 def parity_options(config: CfgNode, losses: str | Path | None) -> list[Any]:
@@ -56,20 +57,45 @@ def _drop_keys(node: CfgNode, path: str) -> Iterator[str]:
 
 
 def check_parity(
-    model: nn.Module, manifest_file: str | Path, outputs: str | Path | None = None, losses: str | Path | None = None
+    model: nn.Module,
+    manifest_file: str | Path,
+    outputs: str | Path | None = None,
+    losses: str | Path | None = None,
+    *,
+    only: Sequence[str] = (),
 ) -> list[Check]:
     """Everything a recording holds, against a model. Its weights are replaced by the formula's.
 
+    Args:
+        only: where given, only keys and arrays that begin with one of these are compared (and filled).
+
     Raises:
-        FileNotFoundError, ValueError: a file is missing or is not of the format.
+        FileNotFoundError, ValueError: a file is missing or is not of the format, or holds nothing that begins so;
+            ``only`` with losses, which no prefix divides.
     """
+    if only and losses is not None:
+        raise ValueError("losses are those of the whole model: leave out --only, or --losses")
     manifest = read_manifest(manifest_file)
-    checks = check_state_dict(model, manifest)
+    checks = check_state_dict(model, manifest, only)
     if not all(check.ok for check in checks):
         return [*checks, Check("outputs and losses", False, "not compared: the state dicts differ")]
-    fill_weights(model, manifest)
+    fill_weights(model, manifest, only)
     if outputs is not None:
-        checks += check_outputs(model, outputs)
+        checks += check_outputs(model, outputs, only)
     if losses is not None:
         checks += check_losses(model, losses)
     return checks
+
+
+def left_out(model: nn.Module, manifest_file: str | Path, outputs: str | Path | None, only: Sequence[str]) -> list[str]:
+    """What ``only`` leaves uncompared, in words; nothing without it."""
+    if not only:
+        return []
+    keys = [name for name in read_manifest(manifest_file) if not chosen(name, only)]
+    ours = [name for name in model.state_dict() if not chosen(name, only)]
+    lines = [f"{len(keys)} keys of the release and {len(ours)} of the model"]
+    if outputs is not None:
+        arrays = [name for name in array_names(read_npz(outputs)) if not chosen(name, only)]
+        lines.append(f"recorded arrays {', '.join(arrays) or 'none'}")
+        lines.append("frames of backbone features beyond those recorded")
+    return lines

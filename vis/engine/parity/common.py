@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ class Check:
 
     def __str__(self) -> str:
         return f"{'ok  ' if self.ok else 'FAIL'} {self.name:<44} {self.detail}"
+
+
+def chosen(name: str, only: Sequence[str]) -> bool:
+    """Whether a key or an array is compared: its name begins with one of ``only``, or there are none."""
+    return not only or name.startswith(tuple(only))
 
 
 def clip_sample(frames: Array) -> ClipSample:

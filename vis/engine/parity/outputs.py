@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vis.engine.parity.common import Array, Check, clip_sample, read_npz
+from vis.engine.parity.common import Array, Check, chosen, clip_sample, read_npz
 from vis.structures import VideoPrediction
 from vis.structures.rle import area
 
@@ -20,11 +20,28 @@ _RESULTS = ("scores", "labels", "areas")
 _SIDE = (".shape", ".stride")
 
 
-def check_outputs(model: nn.Module, path: str | Path) -> list[Check]:
-    """Every array of the ``.npz`` file against what the model gives for its ``input``."""
+def array_names(recorded: Mapping[str, Array]) -> list[str]:
+    """The recorded outputs: neither the input nor the shapes and strides of others."""
+    side = {name for name in recorded if name.endswith(_SIDE) and name.rsplit(".", 1)[0] in recorded}
+    return [name for name in recorded if name != "input" and name not in side]
+
+
+def check_outputs(model: nn.Module, path: str | Path, only: Sequence[str] = ()) -> list[Check]:
+    """Every array of the ``.npz`` file against what the model gives for its ``input``.
+
+    With ``only``, the arrays whose names begin with one of them. A model that runs other windows than the recorded one
+    may then give backbone features of more frames: those of the first are compared.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or not of the format, or has no such array.
+    """
     recorded = read_npz(path, "input")
     frames = recorded.pop("input")
-    names = [name for name in recorded if not (name.endswith(_SIDE) and name.rsplit(".", 1)[0] in recorded)]
+    names = [name for name in array_names(recorded) if chosen(name, only)]
+    if not names:
+        raise ValueError(
+            f"{path} has no array that begins with {' or '.join(only)}: {', '.join(array_names(recorded))}"
+        )
     offered = getattr(model, "parity_outputs", None)
     if offered is None and set(names) - set(_RESULTS):
         return [Check(str(path), False, f"{type(model).__name__} has no parity_outputs(sample): nothing was compared")]
@@ -34,10 +51,20 @@ def check_outputs(model: nn.Module, path: str | Path) -> list[Check]:
     with torch.no_grad():
         actual = offered(sample) if offered is not None else {}
         found = model([sample])[0] if set(names) & set(_RESULTS) else None
+    if only:
+        actual = {name: _first_frames(name, array, recorded) for name, array in actual.items()}
     checks = [_check_array(name, recorded, actual) for name in names if name not in _RESULTS]
     if found is not None:
         checks += _check_results(found, recorded, len(frames))
     return checks
+
+
+def _first_frames(name: str, found: Tensor, recorded: Mapping[str, Array]) -> Tensor:
+    """Backbone features of as many frames as were recorded."""
+    if name not in recorded or not name.startswith("backbone."):
+        return found
+    shape = recorded.get(f"{name}.shape", recorded[name].shape)
+    return found[: int(shape[0])]
 
 
 def _check_array(name: str, recorded: Mapping[str, Array], actual: Mapping[str, Tensor]) -> Check:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vis.engine.parity.common import Array, Check, existing
+from vis.engine.parity.common import Array, Check, chosen, existing
 
 
 def read_manifest(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -40,12 +40,23 @@ def formula_weight(name: str, shape: Sequence[int], mean: float, std: float) -> 
     return np.asarray(np.float32(mean) + scaled, dtype=np.float32)
 
 
-def check_state_dict(model: nn.Module, manifest: Mapping[str, Mapping[str, Any]]) -> list[Check]:
-    """Key set, shapes, dtypes, and which entries are one tensor."""
+def check_state_dict(
+    model: nn.Module, manifest: Mapping[str, Mapping[str, Any]], only: Sequence[str] = ()
+) -> list[Check]:
+    """Key set, shapes, dtypes, and which entries are one tensor; of names that begin with one of ``only``, if any.
+
+    Raises:
+        ValueError: one of ``only`` begins no name of the manifest.
+    """
     state = model.state_dict()
-    missing = [name for name in manifest if name not in state]
-    unexpected = [name for name in state if name not in manifest]
-    common = [name for name in manifest if name in state]
+    for prefix in only:
+        if not any(name.startswith(prefix) for name in manifest):
+            parts = sorted({name.split(".")[0] + "." for name in manifest})
+            raise ValueError(f"no key of the manifest begins with {prefix!r}; they begin with {', '.join(parts)}")
+    names = [name for name in manifest if chosen(name, only)]
+    missing = [name for name in names if name not in state]
+    unexpected = [name for name in state if name not in manifest and chosen(name, only)]
+    common = [name for name in names if name in state]
     shapes = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(manifest[name]['shape'])}"
         for name in common
@@ -57,11 +68,13 @@ def check_state_dict(model: nn.Module, manifest: Mapping[str, Mapping[str, Any]]
         if _dtype(state[name]) != manifest[name]["dtype"]
     ]
     return [
-        _listing("keys missing in the model", missing, f"none of {len(manifest)}"),
+        _listing("keys missing in the model", missing, f"none of {len(names)}"),
         _listing("keys the release does not have", unexpected, "none"),
         _listing("shapes", shapes, f"{len(common)} equal"),
         _listing("dtypes", dtypes, f"{len(common)} equal"),
-        _listing("shared tensors", _sharing_errors(state, manifest), "as in the release"),
+        _listing(
+            "shared tensors", _sharing_errors(state, {name: manifest[name] for name in names}), "as in the release"
+        ),
     ]
 
 
@@ -81,12 +94,16 @@ def _sharing_errors(state: Mapping[str, Tensor], manifest: Mapping[str, Mapping[
     return errors
 
 
-def fill_weights(model: nn.Module, manifest: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the formula's values into the model. Entries without a fill keep the model's own constant."""
+def fill_weights(model: nn.Module, manifest: Mapping[str, Mapping[str, Any]], only: Sequence[str] = ()) -> None:
+    """Write the formula's values into the model. Entries without a fill keep the model's own constant.
+
+    With ``only``, entries whose names begin with one of them are written, and the tensors that these share.
+    """
     state = model.state_dict()
+    wanted = {manifest[name].get("shared_with") or name for name in manifest if chosen(name, only)}
     with torch.no_grad():
         for name, entry in manifest.items():
-            if entry["fill"] is None or entry.get("shared_with") is not None:
+            if name not in wanted or entry["fill"] is None or entry.get("shared_with") is not None:
                 continue
             state[name].copy_(torch.from_numpy(formula_weight(name, entry["shape"], *entry["fill"])))
 
