@@ -109,6 +109,14 @@ def _extra_video() -> Iterator[VideoDataset]:
             )
 
 
+def _minival(train: VideoDataset) -> Iterator[VideoDataset]:
+    """The two parts of a training set that datasets/prepare_minival.py writes beside its json."""
+    for part, split in (("minitrain", "train"), ("minival", "val")):
+        json_files = tuple(f"{path.removesuffix('.json')}_{part}.json" for path in train.json_files)
+        name = f"{train.name.removesuffix('_train')}_{part}"
+        yield replace(train, name=name, json_files=json_files, split=split)
+
+
 def _coco() -> Iterator[VideoDataset]:
     """COCO's images as videos of one frame, with COCO's own classes and with those of the video data sets.
 
@@ -136,6 +144,8 @@ def builtin_datasets() -> dict[str, VideoDataset]:
     datasets += [_ytvis("ytvis_2021", split, YTVIS_2021) for split in SPLITS]
     datasets += [_ytvis("ytvis_2022", split, YTVIS_2021) for split in ("val", "test")]
     datasets += [_ovis(split) for split in SPLITS]
+    for train in (_ytvis("ytvis_2019", "train", YTVIS_2019), _ytvis("ytvis_2021", "train", YTVIS_2021), _ovis("train")):
+        datasets += _minival(train)
     datasets += [*_extra_video(), *_coco()]
     return {dataset.name: dataset for dataset in datasets}
 
