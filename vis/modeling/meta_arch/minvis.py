@@ -14,7 +14,6 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
-from vis.config import declare
 from vis.modeling.criterions.set_criterion import MaskTargets, SetCriterion
 from vis.modeling.inference import MaskStore, MaskWriter, select_tracks
 from vis.modeling.registry import TRACKER_REGISTRY, lookup
@@ -22,12 +21,6 @@ from vis.modeling.segmenter import Segmenter, build_segmenter
 from vis.modeling.segmenter.frames import pad_masks
 from vis.modeling.transformer_decoders.masked import DecoderOutput, predict_masks
 from vis.structures import ClipSample, VideoPrediction
-
-
-@declare
-def add_config(cfg: CfgNode) -> None:
-    cfg.MODEL.TRACKER = type(cfg)()
-    cfg.MODEL.TRACKER.NAME = "QueryMatchingTracker"
 
 
 @META_ARCH_REGISTRY.register()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vis.modeling.segmenter.build import Segmenter, build_segmenter
+from vis.modeling.segmenter.clip import as_clips
 from vis.modeling.segmenter.frames import FrameNormalizer
 
-__all__ = ["FrameNormalizer", "Segmenter", "build_segmenter"]
+__all__ = ["FrameNormalizer", "Segmenter", "as_clips", "build_segmenter"]

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from vis.config import CfgNode, declare
 from vis.modeling.trackers.query_matching import QueryMatchingState, QueryMatchingTracker, match_queries
+from vis.modeling.trackers.referring import ReferringState, ReferringTracker
 
-__all__ = ["QueryMatchingState", "QueryMatchingTracker", "match_queries"]
+__all__ = ["QueryMatchingState", "QueryMatchingTracker", "ReferringState", "ReferringTracker", "match_queries"]
+
+
+@declare
+def add_config(cfg: CfgNode) -> None:
+    cfg.MODEL.TRACKER = type(cfg)()
+    cfg.MODEL.TRACKER.NAME = "QueryMatchingTracker"

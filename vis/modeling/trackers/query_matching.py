@@ -21,6 +21,15 @@ class QueryMatchingState:
     embeds: Tensor
 
 
+def cosine_similarity(reference: Tensor, current: Tensor) -> Tensor:
+    """Of every reference query (..., Q, C) with every current one: (..., Q, Q) float32."""
+    with torch.autocast(device_type=current.device.type, enabled=False):
+        reference, current = (
+            x.float() / x.float().norm(dim=-1, keepdim=True).clamp(min=1e-6) for x in (reference, current)
+        )
+        return reference @ current.mT
+
+
 def match_queries(reference: Tensor, current: Tensor) -> Tensor:
     """For each reference query the index of its match: ``current[index]`` is in the order of ``reference``.
 
@@ -32,9 +41,7 @@ def match_queries(reference: Tensor, current: Tensor) -> Tensor:
     Returns:
         (Q,) int64 on the device of ``current``.
     """
-    reference = reference.float() / reference.float().norm(dim=1, keepdim=True).clamp(min=1e-6)
-    current_unit = current.float() / current.float().norm(dim=1, keepdim=True).clamp(min=1e-6)
-    _, index = linear_assignment(1 - reference @ current_unit.T)
+    _, index = linear_assignment(1 - cosine_similarity(reference, current))
     return index.to(current.device)
 
 

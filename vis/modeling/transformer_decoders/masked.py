@@ -30,6 +30,8 @@ def add_config(cfg: CfgNode) -> None:
     node.DROPOUT = 0.0
     node.PRE_NORM = False
     node.ENFORCE_INPUT_PROJ = False
+    # A second embedding of every query for telling objects apart (CTVIS, DVIS++), appended to what tracking uses.
+    node.REID_BRANCH = False
     _add_training_config(node)
     _add_test_config(node)
 
@@ -69,13 +71,17 @@ class LayerPrediction(TypedDict):
 class DecoderOutput(TypedDict, total=False):
     """What the decoder says of N frames with Q queries.
 
-    ``pred_logits`` (N, Q, K+1), ``pred_embeds`` (N, Q, C) the normalised queries that tracking compares,
-    ``mask_embeds`` (N, Q, C), ``mask_features`` (N, C, h, w): a query's mask logits are the inner product of the last
-    two, made where somebody reads them. ``aux_outputs``: the earlier predictions, in training with deep supervision.
+    ``pred_logits`` (N, Q, K+1), ``pred_embeds`` (N, Q, C) the normalised queries that tracking compares, ``raw_embeds``
+    (N, Q, C) the same before normalisation, ``mask_embeds`` (N, Q, C), ``mask_features`` (N, C, h, w): a query's mask
+    logits are the inner product of the last two, made where somebody reads them. ``aux_outputs``: the earlier
+    predictions, in training with deep supervision. With a reid branch its ``reid_embeds`` (N, Q, C) are appended to
+    ``pred_embeds`` and ``raw_embeds``, which are (N, Q, 2C) then.
     """
 
     pred_logits: Tensor
     pred_embeds: Tensor
+    raw_embeds: Tensor
+    reid_embeds: Tensor
     mask_embeds: Tensor
     mask_features: Tensor
     aux_outputs: list[LayerPrediction]
@@ -102,6 +108,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         pre_norm: bool,
         enforce_input_proj: bool,
         deep_supervision: bool,
+        reid_branch: bool = False,
     ) -> None:
         """Args: ``num_layers`` real layers; ``num_levels`` memory levels, used in turn, coarse to fine."""
         super().__init__()
@@ -136,6 +143,8 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         )
         self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
         self.mask_embed = MLP(input_dim=hidden_dim, hidden_dim=hidden_dim, output_dim=mask_dim)
+        reid = MLP(input_dim=hidden_dim, hidden_dim=hidden_dim, output_dim=hidden_dim) if reid_branch else None
+        self.reid_embed = reid
 
     @classmethod
     def from_config(cls, cfg: CfgNode, in_channels: int) -> dict[str, Any]:
@@ -156,6 +165,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             "pre_norm": node.PRE_NORM,
             "enforce_input_proj": node.ENFORCE_INPUT_PROJ,
             "deep_supervision": node.DEEP_SUPERVISION,
+            "reid_branch": node.REID_BRANCH,
         }
 
     def forward(self, memory: Sequence[Tensor], mask_features: Tensor) -> DecoderOutput:
@@ -185,13 +195,18 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             x = self.transformer_self_attention_layers[i](x, query_pos)
             x = self.transformer_ffn_layers[i](x)
         normed = self.decoder_norm(x)
-        return {
+        output: DecoderOutput = {
             "pred_logits": self.class_embed(normed),
             "pred_embeds": normed,
+            "raw_embeds": x,
             "mask_embeds": self.mask_embed(normed),
             "mask_features": mask_features,
             "aux_outputs": aux_outputs,
         }
+        if self.reid_embed is not None:
+            reid = output["reid_embeds"] = self.reid_embed(normed)
+            output["pred_embeds"], output["raw_embeds"] = torch.cat([normed, reid], -1), torch.cat([x, reid], -1)
+        return output
 
     def _prepare(self, memory: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         levels, positions = [], []
