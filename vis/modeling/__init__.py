@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vis.modeling import backbones, heads, meta_arch, pixel_decoders, trackers, transformer_decoders
+from vis.modeling import backbones, heads, meta_arch, pixel_decoders, refiners, trackers, transformer_decoders
 from vis.modeling.build import build_model
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "heads",
     "meta_arch",
     "pixel_decoders",
+    "refiners",
     "trackers",
     "transformer_decoders",
 ]

@@ -11,6 +11,7 @@ from vis.config import closest
 PIXEL_DECODER_REGISTRY = Registry("PIXEL_DECODER")
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_DECODER")
 TRACKER_REGISTRY = Registry("TRACKER")
+REFINER_REGISTRY = Registry("REFINER")
 
 
 def lookup(registry: Registry, name: str, key: str) -> Any:
