@@ -16,8 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from vis.evaluation import NoGroundTruth, ResultsError, evaluate_ytvis
-from vis.evaluation.ytvis_eval import AREA_RANGES, NAMES, tube_iou
-from vis.evaluation.ytvis_io import make_track
+from vis.evaluation.ytvis_eval import AREA_RANGES, NAMES
 
 A, B = (1, 1, 5, 5), (6, 6, 10, 12)  # two boxes that do not touch
 Make = Callable[..., Any]
@@ -189,25 +188,3 @@ def coco_stats(images: Any, categories: Any, objects: Any, predictions: Any) -> 
     evaluation.accumulate()
     evaluation.summarize()
     return evaluation.stats
-
-
-def test_tube_iou_equals_pixels() -> None:
-    rng = np.random.default_rng(3)
-    frames, height, width = 5, 17, 23
-
-    def blobs() -> np.ndarray:
-        masks = rng.random((frames, height, width)) < rng.uniform(0.1, 0.9)
-        masks[rng.random(frames) < 0.3] = False
-        masks[:, :, : rng.integers(0, width)] = False
-        return masks
-
-    detections, objects = [blobs() for _ in range(3)], [blobs() for _ in range(4)]
-
-    def track(masks: np.ndarray) -> Any:
-        return make_track(
-            [mask_utils.encode(np.asfortranarray(m, np.uint8)) if m.any() else None for m in masks], 17, 23
-        )
-
-    expected = [[(d & o).sum() / (d | o).sum() for o in objects] for d in detections]
-    found = tube_iou([track(d) for d in detections], [track(o) for o in objects])
-    np.testing.assert_array_equal(found, expected)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pycocotools.mask as mask_utils
 from numpy.typing import NDArray
 
+from vis.evaluation.track_iou import pairwise_iou
 from vis.evaluation.ytvis_io import (
     GroundTruth,
     ResultsError,
@@ -153,27 +153,6 @@ def _report_missing(truth: GroundTruth, found: Tracks, where: str, allow_missing
         logger.warning("%s; they count as videos in which nothing was found.", message)
 
 
-def tube_iou(detections: Sequence[Track], objects: Sequence[Track]) -> NDArray[np.float64]:
-    """Spatio-temporal IoU, (D, G): intersections of all frames over unions of all frames; 0 where both are empty."""
-    intersection = np.zeros((len(detections), len(objects)))
-    areas = np.stack([track.areas for track in detections])  # (D, T)
-    object_areas = np.stack([track.areas for track in objects])  # (G, T)
-    for frame in np.flatnonzero(areas.any(0) & object_areas.any(0)):
-        rows = np.flatnonzero(areas[:, frame]).tolist()
-        columns = np.flatnonzero(object_areas[:, frame]).tolist()
-        # For a crowd, pycocotools divides by the detection's area, which we know: so its one merge per pair with
-        # overlapping boxes gives the intersection, exactly after rounding.
-        share = mask_utils.iou(
-            [detections[row].codes[frame] for row in rows],
-            [objects[column].codes[frame] for column in columns],
-            [1] * len(columns),
-        )
-        intersection[np.ix_(rows, columns)] += np.rint(share * areas[rows, frame, None])
-    union = areas.sum(1)[:, None] + object_areas.sum(1)[None] - intersection
-    iou: NDArray[np.float64] = np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
-    return iou
-
-
 @dataclass
 class _Match:
     """Matching of one video and category; D detections by falling score, A area ranges, T thresholds, G objects."""
@@ -196,7 +175,7 @@ def _match(detections: list[Track], objects: list[Track]) -> _Match:
     matched = np.zeros((*shape, len(detections)), bool)
     on_ignored = np.zeros_like(matched)
     if detections and objects:
-        ious = tube_iou(detections, objects)
+        ious = pairwise_iou(detections, objects)
         thresholds = np.minimum(IOU_THRESHOLDS, 1 - 1e-10)[:, None]
         taken = np.zeros((*shape, len(objects)), bool)
         for d in np.flatnonzero((ious >= thresholds[0]).any(1)):

@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vis.evaluation.results_writer import RESULT_KEYS, iter_parts
+from vis.evaluation.rle_kernels import PackedCodes, areas
 from vis.structures.polygons import polygons_to_rle
-from vis.structures.rle import BadRLE, compress, rle_areas
+from vis.structures.rle import BadRLE, compress
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +49,14 @@ class Track:
     """One object or one predicted track of a video.
 
     Attributes:
-        codes: compressed COCO RLE dicts, one per frame, None where there is no mask.
+        codes: a sequence of compressed COCO RLE dicts, one per frame, None where there is no mask.
         areas: (T,) int64 pixels per frame, 0 where there is no mask.
         mean_area: mean of the non-zero areas, which is what the size classes go by.
         ignore: a crowd.
         score: confidence; 0 for ground truth.
     """
 
-    codes: list[dict[str, Any] | None]
+    codes: PackedCodes
     areas: NDArray[np.int64]
     mean_area: float
     ignore: bool = False
@@ -153,23 +154,23 @@ def _add_annotation(
     tracks[video_id, category_id].append(track)
 
 
-def make_track(codes: list[dict[str, Any] | None], height: int, width: int) -> Track:
+def make_track(codes: Sequence[dict[str, Any] | None], height: int, width: int) -> Track:
     """A track of checked masks.
 
     Raises:
         BadRLE: a mask's runs do not fit the size; its ``index`` is the frame.
     """
     present = [frame for frame, code in enumerate(codes) if code is not None]
-    areas = np.zeros(len(codes), np.int64)
+    pixels = np.zeros(len(codes), np.int64)
     try:
-        areas[present] = rle_areas([code["counts"] for code in codes if code is not None], height * width)
+        pixels[present] = areas([code["counts"] for code in codes if code is not None], height * width)
     except BadRLE as error:
         raise BadRLE(present[error.index], error.reason) from error
-    return Track(codes, areas, _mean_area(areas))
+    return Track(PackedCodes(codes, height, width), pixels, _mean_area(pixels))
 
 
-def _mean_area(areas: NDArray[Any]) -> float:
-    seen = areas[areas != 0]
+def _mean_area(pixels: NDArray[Any]) -> float:
+    seen = pixels[pixels != 0]
     return float(seen.mean()) if len(seen) else 0.0
 
 
