@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from vis.modeling.criterions.set_criterion import MaskTargets, SetCriterion
+from vis.modeling.criterions.clip_criterion import RefinerCriterion, TrackerCriterion
+from vis.modeling.criterions.mask_criterion import MaskTargets
+from vis.modeling.criterions.set_criterion import SetCriterion
 
-__all__ = ["MaskTargets", "SetCriterion"]
+__all__ = ["MaskTargets", "RefinerCriterion", "SetCriterion", "TrackerCriterion"]

@@ -1,0 +1,238 @@
+"""The criterions of DVIS: of the referring tracker and of the temporal refiner (Zhang et al., ICCV 2023, section 3.4).
+
+Both give one query to an instance for the whole clip. In the first half of a training ("guided") the frozen stage
+before says which query that is, since the new stage's own predictions mean nothing yet; afterwards its own do.
+
+Losses are those of each video of the batch alone, averaged over the videos of the process. The number of masks of a
+video that mask losses are divided by is, in a training with several processes, the mean over the processes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor
+
+from vis.config import declare
+from vis.modeling.criterions.clip_matching import match_by_first_appearance, match_stacked
+from vis.modeling.criterions.mask_criterion import MaskCriterion, MaskTargets, attached_zero
+from vis.modeling.losses.contrastive import adjacent_frames_loss, whole_track_loss
+from vis.modeling.losses.masks import dice_loss, sigmoid_ce_loss
+from vis.modeling.matchers.hungarian import Pairs
+from vis.structures import ClipTargets, RefinerOutput, SegmenterClip, TrackerOutput
+
+#: Weight of DVIS++'s contrastive losses of tracker and refiner.
+CONTRASTIVE_WEIGHT = 2.0
+#: Embeddings of earlier videos that the refiner's contrastive loss keeps of each class.
+MEMORY_PER_CLASS = 20
+
+
+@declare
+def add_config(cfg: CfgNode) -> None:
+    cfg.MODEL.CLIP_CRITERION = type(cfg)()
+    # As DVIS' released code matches: a query may be given to two instances that enter in different frames, and an
+    # instance that is absent in the last frame is trained as no object. For comparisons with that code.
+    cfg.MODEL.CLIP_CRITERION.RELEASED_MATCHER = False
+    # Contrastive losses of DVIS++ on the tracker's references and on the refiner's embeddings (released: USE_CL).
+    cfg.MODEL.CLIP_CRITERION.TRACKER_CONTRASTIVE = False
+    cfg.MODEL.CLIP_CRITERION.REFINER_CONTRASTIVE = False
+
+
+class ClipCriterion(MaskCriterion):
+    """What the two have in common: targets as they are matched, and means over the videos."""
+
+    @configurable
+    def __init__(self, *, released_matcher: bool = False, contrastive_weight: float = 0.0, **options: Any) -> None:
+        """Args: ``contrastive_weight`` of ``loss_reid``, 0 for none; ``options`` of :class:`MaskCriterion`."""
+        super().__init__(**options)
+        self.released_matcher = released_matcher
+        self.contrastive_weight = contrastive_weight
+
+    def _labels(self, target: ClipTargets) -> Tensor:
+        if not self.released_matcher:
+            return target.labels
+        return target.labels.masked_fill(target.ids[:, -1] == -1, self.num_classes)
+
+    def _targets(self, targets: Sequence[ClipTargets]) -> list[ClipTargets]:
+        return [ClipTargets(self._labels(target), target.ids, target.masks) for target in targets]
+
+
+def _mean(videos: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([losses[name] for losses in videos]).mean() for name in videos[0]}
+
+
+class TrackerCriterion(ClipCriterion):
+    """Losses of the tracker: every frame is an image, the pairs are those of the whole clip."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.CLIP_CRITERION
+        return {
+            **super().from_config(cfg),
+            "released_matcher": node.RELEASED_MATCHER,
+            "contrastive_weight": CONTRASTIVE_WEIGHT * node.TRACKER_CONTRASTIVE,
+        }
+
+    def forward(
+        self, tracker: TrackerOutput, segmenter: SegmenterClip, targets: Sequence[ClipTargets], *, guided: bool
+    ) -> dict[str, Tensor]:
+        """Weighted losses of B videos: ``loss_ce``, ``loss_mask``, ``loss_dice`` and with ``_{i}`` of earlier layers.
+
+        With a contrastive weight also ``loss_reid``.
+
+        Args:
+            segmenter: what the tracker worked on; read where ``guided``.
+            guided: the segmenter's masks and classes, in the order the tracker started from, choose the queries.
+
+        Raises:
+            ValueError: a contrastive loss is asked of a tracker that gives no references.
+        """
+        targets = self._targets(targets)
+        counts = [target.masks.shape[0] * target.masks.shape[1] for target in targets]
+        num_masks = self.mean_counts(counts, tracker.pred_logits.device)
+        return _mean(
+            [
+                self._video(tracker, segmenter, b, target, count, guided)
+                for b, (target, count) in enumerate(zip(targets, num_masks, strict=True))
+            ]
+        )
+
+    def _video(
+        self, tracker: TrackerOutput, segmenter: SegmenterClip, b: int, target: ClipTargets, count: Tensor, guided: bool
+    ) -> dict[str, Tensor]:
+        logits, mask_embeds = tracker.pred_logits[:, b], tracker.mask_embeds[:, b]  # (L, T, Q, .)
+        features = tracker.mask_features[b]
+        if guided:
+            order = tracker.order[b]
+            pairs = self._match(
+                _in_order(segmenter.pred_logits[b], order)[None],
+                _in_order(segmenter.mask_embeds[b], order)[None],
+                segmenter.mask_features[b],
+                target,
+            ) * len(logits)
+        else:
+            pairs = self._match(logits, mask_embeds, features, target)
+        num_frames = len(features)
+        frames = [MaskTargets(target.labels, target.masks[:, t]) for t in range(num_frames)]
+        matches = [pairs] * num_frames
+        ce = self.class_losses(logits, [target.labels] * num_frames, matches)
+        losses = self.weighted(ce, *self.image_losses(mask_embeds, features, frames, matches, count))
+        if self.contrastive_weight:
+            if tracker.references is None:
+                raise ValueError(
+                    "MODEL.CLIP_CRITERION.TRACKER_CONTRASTIVE is True, but this tracker has no references: the loss is "
+                    "for the tracker of DVIS++"
+                )
+            queries = pairs[-1][0].to(logits.device)
+            reid = adjacent_frames_loss(tracker.references[b], queries)
+            losses["loss_reid"] = self.contrastive_weight * reid
+        return losses
+
+    def _match(self, logits: Tensor, mask_embeds: Tensor, features: Tensor, target: ClipTargets) -> list[Pairs]:
+        return match_by_first_appearance(
+            logits,
+            mask_embeds,
+            features,
+            target,
+            matcher=self.matcher,
+            num_points=self.num_points,
+            block_used=not self.released_matcher,
+        )
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """(T, Q, C) with the queries of every frame in ``order`` (T, Q)."""
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class RefinerCriterion(ClipCriterion):
+    """Losses of the refiner: the T frames, one below the other, are one tall image with one class per track."""
+
+    @configurable
+    def __init__(self, **options: Any) -> None:
+        """Args: those of :class:`ClipCriterion`."""
+        super().__init__(**options)
+        self._memory: dict[int, deque[Tensor]] = {}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.CLIP_CRITERION
+        return {
+            **super().from_config(cfg),
+            "released_matcher": node.RELEASED_MATCHER,
+            "contrastive_weight": CONTRASTIVE_WEIGHT * node.REFINER_CONTRASTIVE,
+        }
+
+    def forward(
+        self, refiner: RefinerOutput, tracker: TrackerOutput, targets: Sequence[ClipTargets], *, guided: bool
+    ) -> dict[str, Tensor]:
+        """Weighted losses of B videos, named as :meth:`TrackerCriterion.forward` names them.
+
+        Args:
+            tracker: what the refiner worked on; its features carry the refiner's masks.
+            guided: the tracker's masks, and its classes averaged over time, choose the queries.
+        """
+        targets = self._targets(targets)
+        num_masks = self.mean_counts([len(target.labels) for target in targets], refiner.pred_logits.device)
+        return _mean(
+            [
+                self._video(refiner, tracker, b, target, count, guided)
+                for b, (target, count) in enumerate(zip(targets, num_masks, strict=True))
+            ]
+        )
+
+    def _video(
+        self, refiner: RefinerOutput, tracker: TrackerOutput, b: int, target: ClipTargets, count: Tensor, guided: bool
+    ) -> dict[str, Tensor]:
+        logits, mask_embeds = refiner.pred_logits[:, b], refiner.mask_embeds[:, b]  # (L, Q, K+1), (L, T, Q, Cm)
+        features = tracker.mask_features[b]
+        if guided:
+            guide = tracker.pred_logits[-1:, b].float().mean(dim=1), tracker.mask_embeds[-1:, b]
+        else:
+            guide = logits, mask_embeds
+        pairs = match_stacked(*guide, features, target, matcher=self.matcher, num_points=self.num_points)
+        pairs = pairs * (len(logits) // len(pairs))
+        ce = self.class_losses(logits[:, None], [target.labels], [pairs])
+        losses = self.weighted(ce, *self._stack_losses(mask_embeds, features, target, pairs, count))
+        if self.contrastive_weight:
+            reid = self._contrastive(refiner.pred_embeds[b], pairs[-1], target)
+            losses["loss_reid"] = self.contrastive_weight * reid
+        return losses
+
+    def _stack_losses(
+        self, mask_embeds: Tensor, features: Tensor, target: ClipTargets, pairs: Sequence[Pairs], num_masks: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Mask and dice loss of each layer on T times as many points, layer by layer: a stack is large."""
+        if not len(target.labels):
+            zero = attached_zero(mask_embeds, features)
+            return [zero] * len(mask_embeds), [zero] * len(mask_embeds)
+        num_frames, height, width = len(features), *features.shape[-2:]
+        mask_sum, dice_sum = [], []
+        for embeds, (queries, instances) in zip(mask_embeds, pairs, strict=True):
+            rows = embeds[:, queries.to(embeds.device)] @ features.flatten(2)  # (T, n, h*w)
+            stack = rows.transpose(0, 1).reshape(len(queries), num_frames * height, width)
+            predicted, wanted = self.sample_masks(
+                stack, target.masks.flatten(1, 2), instances.to(embeds.device), self.num_points * num_frames
+            )
+            mask_sum.append(sigmoid_ce_loss(predicted, wanted, num_masks))
+            dice_sum.append(dice_loss(predicted, wanted, num_masks))
+        return mask_sum, dice_sum
+
+    def _contrastive(self, embeds: Tensor, pairs: Pairs, target: ClipTargets) -> Tensor:
+        """The loss against the clip and the memory; then the clip's tracks are remembered.
+
+        The memory is no part of a checkpoint: it fills again within a few dozen videos after a training is resumed.
+        """
+        queries, instances = pairs
+        labels = target.labels.cpu()[instances].tolist()
+        none = embeds.new_zeros(0, embeds.shape[-1])
+        others = [torch.stack([*self._memory[c]]) if self._memory.get(c) else none for c in labels]
+        loss = whole_track_loss(embeds, queries.to(embeds.device), others)
+        for query, label in zip(queries.tolist(), labels, strict=True):
+            kept = self._memory.setdefault(label, deque(maxlen=MEMORY_PER_CLASS))
+            kept.append(embeds[:, query].detach().float().mean(dim=0))
+        return loss
