@@ -81,6 +81,17 @@ def test_nothing_to_train() -> None:
         parameter_groups(nn.Linear(2, 3).requires_grad_(False), base_lr=1.0, weight_decay=0.0)
 
 
+def test_frozen_parts_have_no_state(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({"segmenter": nn.Linear(3, 4), "tracker": nn.Linear(4, 2)})
+    model["segmenter"].requires_grad_(False)
+    with caplog.at_level("INFO"):
+        optimizer = build_optimizer(config(), model)
+    assert "2 tensors, 0.00 M numbers are frozen" in caplog.text
+    model["tracker"](model["segmenter"](torch.ones(1, 3))).sum().backward()
+    optimizer.step()
+    assert set(optimizer.state) == set(model["tracker"].parameters())
+
+
 def config(**values: object) -> CfgNode:
     cfg = get_cfg()
     cfg.merge_from_list([word for key, value in values.items() for word in (f"SOLVER.{key}", value)])

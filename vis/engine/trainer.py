@@ -235,6 +235,9 @@ class Trainer(TrainerBase):
 
     def run_step(self) -> None:
         """One iteration: batch, losses, gradients, clipping, update."""
+        tell = getattr(self.module, "set_iteration", None)
+        if tell is not None:  # a method whose losses change in the course of a training, which may be a resumed one
+            tell(self.iter)
         start = time.perf_counter()
         batch = self._first if self._first is not None else next(self._loader)
         self._first = None
@@ -311,6 +314,8 @@ class Trainer(TrainerBase):
 def evaluate(cfg: CfgNode, model: nn.Module) -> OrderedDict[str, Any]:
     """Run ``model`` over every data set of ``DATASETS.TEST``; results go to ``OUTPUT_DIR/inference``.
 
+    An evaluation of the same weights that was stopped is continued (``TEST.RESUME``).
+
     Returns:
         For one data set its results, for several ``{data set: results}``; in the main process.
     """
@@ -318,7 +323,8 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> OrderedDict[str, Any]:
     results: OrderedDict[str, Any] = OrderedDict()
     for name in names:
         folder = Path(cfg.OUTPUT_DIR) / "inference" / (name if len(names) > 1 else "")
-        found = inference_on_dataset(model, build_test_loader(cfg, name), build_evaluator(cfg, name, folder))
+        loader = build_test_loader(cfg, name)
+        found = inference_on_dataset(model, loader, build_evaluator(cfg, name, folder, model=model))
         results[name] = found or OrderedDict()
     return results[names[0]] if len(names) == 1 else results
 

@@ -78,4 +78,8 @@ def parameter_groups(
             "optimizer: %d tensors, %.2f M numbers, lr %g, weight decay %g",
             *(len(group["params"]), numbers / 1e6, group["lr"], group["weight_decay"]),
         )
+    frozen = [parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
+    if frozen:
+        numbers = sum(frozen) / 1e6
+        logger.info("optimizer: %d tensors, %.2f M numbers are frozen: not updated, no state", len(frozen), numbers)
     return list(groups.values())
