@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone.swin import SwinTransformer
-from torch import Tensor
+from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBlock
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vis.config import declare
+from vis.layers.linear import Linear
 
 _STAGES = ("res2", "res3", "res4", "res5")
 
@@ -37,18 +40,50 @@ def add_config(cfg: CfgNode) -> None:
     node.USE_CHECKPOINT = False
 
 
+class RecomputedBlock(SwinTransformerBlock):
+    """A block whose activations are computed again in the backward pass.
+
+    detectron2's own switch takes torch's reentrant way, which gives the first blocks no gradient if what is below them
+    needs none, and which torch is about to refuse.
+    """
+
+    H: int
+    W: int
+
+    def forward(self, x: Tensor, mask_matrix: Tensor) -> Tensor:
+        """(N, h*w, C) -> (N, h*w, C)."""
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(x, mask_matrix)
+        size = self.H, self.W  # as they are now: another picture may come before the backward pass
+
+        def run(x: Tensor) -> Tensor:
+            self.H, self.W = size
+            return SwinTransformerBlock.forward(self, x, mask_matrix)
+
+        return checkpoint(run, x, use_reentrant=False)
+
+
 @BACKBONE_REGISTRY.register()
 class D2SwinTransformer(SwinTransformer):
     """detectron2's Swin Transformer with the stage names of the VIS family."""
 
     @configurable
-    def __init__(self, *, out_features: list[str], **swin: Any) -> None:
-        """Args: ``out_features`` among res2..res5; the rest as detectron2's ``SwinTransformer`` takes it."""
+    def __init__(self, *, out_features: list[str], use_checkpoint: bool = False, **swin: Any) -> None:
+        """Args:
+        out_features: among res2..res5.
+        use_checkpoint: recompute the blocks in the backward pass.
+        swin: the rest, as detectron2's ``SwinTransformer`` takes it.
+        """
         unknown = [name for name in out_features if name not in _STAGES]
         if unknown:
             raise ValueError(f"MODEL.SWIN.OUT_FEATURES names {unknown}; there are {', '.join(_STAGES)}")
         super().__init__(out_indices=[i for i, name in enumerate(_STAGES) if name in out_features], **swin)
         self._out_features = [name for name in _STAGES if name in out_features]
+        for module in self.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Linear  # the same layer, faster on CPUs
+            elif use_checkpoint and type(module) is SwinTransformerBlock:
+                module.__class__ = RecomputedBlock
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
