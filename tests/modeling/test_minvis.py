@@ -14,7 +14,8 @@ from detectron2.structures import BitMasks, Instances
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from vis.modeling.meta_arch.minvis import MinVIS, windows
+from vis.modeling.inference.session import windows
+from vis.modeling.meta_arch.minvis import MinVIS
 from vis.modeling.segmenter import FrameNormalizer
 from vis.modeling.transformer_decoders import masked
 from vis.modeling.transformer_decoders.masked import predict_masks

@@ -60,11 +60,14 @@ class RefinerOutput:
         pred_logits: (L, B, Q, K+1), one per track: pooled over time.
         mask_embeds: (L, B, T, Q, Cm).
         pred_embeds: (B, T, Q, C) of the last layer.
+        mask_features: (B, T, Cm, h, w), what ``mask_embeds`` multiply: the segmenter's own, which in DVIS++ are not the
+            tracker's. None where nobody has said so yet.
     """
 
     pred_logits: Tensor
     mask_embeds: Tensor
     pred_embeds: Tensor
+    mask_features: Tensor | None = None
 
 
 @dataclass

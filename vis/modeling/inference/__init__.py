@@ -4,5 +4,17 @@ from __future__ import annotations
 
 from vis.modeling.inference.mask_store import MaskStore
 from vis.modeling.inference.results import MaskWriter, select_tracks
+from vis.modeling.inference.session import OnlineTracks, TrackedFrames, Tracks, VideoSession, class_probabilities
+from vis.modeling.inference.video_model import VideoModel
 
-__all__ = ["MaskStore", "MaskWriter", "select_tracks"]
+__all__ = [
+    "MaskStore",
+    "MaskWriter",
+    "OnlineTracks",
+    "TrackedFrames",
+    "Tracks",
+    "VideoModel",
+    "VideoSession",
+    "class_probabilities",
+    "select_tracks",
+]

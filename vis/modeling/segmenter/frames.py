@@ -50,5 +50,5 @@ class FrameNormalizer(nn.Module):
 
 
 def pad_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, H, W) -> (N, *size), padded bottom and right with False."""
+    """(..., H, W) -> (..., *size), padded bottom and right with False."""
     return F.pad(masks, (0, size[1] - masks.shape[-1], 0, size[0] - masks.shape[-2]))

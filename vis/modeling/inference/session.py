@@ -1,0 +1,172 @@
+"""One video under way: frames are pushed in windows, the result comes at the end.
+
+The session does what all methods have in common: it checks and cuts the frames, and at the end selects the tracks and
+writes their masks at the original size, one frame at a time. What a method makes of a window is its :class:`Tracks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from vis.modeling.inference.mask_store import MaskStore
+from vis.modeling.inference.results import MaskWriter, select_tracks
+from vis.modeling.segmenter import FrameNormalizer
+from vis.modeling.transformer_decoders.masked import predict_masks
+from vis.structures import VideoPrediction
+
+
+class Tracks(Protocol):
+    """What a method knows of one video: it takes windows, then tells classes, then masks of the chosen tracks."""
+
+    def __len__(self) -> int:
+        """Frames taken so far."""
+
+    def take(self, images: Tensor) -> None:
+        """The next frames, normalised and padded: (T, 3, H, W)."""
+
+    def probabilities(self) -> Tensor:
+        """After the last frame: (Q, K), of every track and class."""
+
+    def masks(self, frame: int, queries: list[int]) -> Tensor:
+        """Then: mask logits (len(queries), h, w) of some tracks in one frame."""
+
+    def close(self) -> None:
+        """Free what was stored."""
+
+
+class TrackedFrames(NamedTuple):
+    """Tracks of T frames: logits (T, Q, K+1), mask embeddings (T, Q, C) and what they multiply, (T, C, h, w)."""
+
+    pred_logits: Tensor
+    mask_embeds: Tensor
+    mask_features: Tensor
+
+
+class OnlineTracks:
+    """Of a method whose masks are final as frames come: logits are averaged, mask logits are stored."""
+
+    def __init__(self, step: Callable[[Tensor, Any], tuple[TrackedFrames, Any]]) -> None:
+        """Args: ``step(images, state)`` tracks a window; the state of the first call is None."""
+        self._step = step
+        self._state: Any = None
+        self._logits: Tensor | None = None  # (Q, K+1), sum over the frames
+        self._store = MaskStore()
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def take(self, images: Tensor) -> None:
+        """Track the next frames (T, 3, H, W)."""
+        tracked, self._state = self._step(images, self._state)
+        logits = tracked.pred_logits.float().sum(dim=0)
+        self._logits = logits if self._logits is None else self._logits + logits
+        for embeds, features in zip(tracked.mask_embeds, tracked.mask_features, strict=True):
+            self._store.append(predict_masks(embeds[None], features[None])[0])
+
+    def probabilities(self) -> Tensor:
+        """(Q, K): the softmax of the logits' mean over time."""
+        assert self._logits is not None
+        return class_probabilities(self._logits / len(self))
+
+    def masks(self, frame: int, queries: list[int]) -> Tensor:
+        """Mask logits (len(queries), h, w)."""
+        return self._store.read(frame, queries)
+
+    def close(self) -> None:
+        """Delete the stored masks."""
+        self._store.close()
+
+
+def class_probabilities(logits: Tensor) -> Tensor:
+    """(..., K+1) logits, the last of no object -> (..., K) probabilities of the classes."""
+    return logits.float().softmax(dim=-1)[..., :-1]
+
+
+def windows(frames: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Consecutive lists of up to ``size`` frames; reads ``frames`` once, in order."""
+    window: list[Tensor] = []
+    for frame in frames:
+        window.append(frame)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+class VideoSession:
+    """One video under way: push frames in order, then close. Sessions of several videos may be open at once."""
+
+    def __init__(
+        self,
+        tracks: Tracks,
+        *,
+        normalizer: FrameNormalizer,
+        window_size: int,
+        max_num: int,
+        mask_score: bool,
+        output_size: tuple[int, int],
+        video_id: int | None,
+    ) -> None:
+        """Args: ``output_size`` (height, width) of the results; the others as :class:`~.video_model.VideoModel` has."""
+        self._tracks, self._normalizer = tracks, normalizer
+        self._window_size, self._max_num, self._mask_score = window_size, max_num, mask_score
+        self._output_size, self._video_id = output_size, video_id
+        self._input_size: tuple[int, int] | None = None
+        self._closed = False
+
+    @torch.no_grad()
+    def push(self, frames: Sequence[Tensor]) -> None:
+        """Take the next frames, each (3, H, W), RGB 0..255; all frames of a video have one size.
+
+        Raises:
+            ValueError: a frame has another size than the first (none is taken then), or the session is closed.
+        """
+        self._check_open()
+        for frame in frames:
+            size = (int(frame.shape[-2]), int(frame.shape[-1]))
+            self._input_size = self._input_size or size
+            if size != self._input_size:
+                raise ValueError(f"a frame is {size}, the first of the video was {self._input_size} (height, width)")
+        for window in windows(frames, self._window_size):
+            self._tracks.take(self._normalizer(window))
+
+    @torch.no_grad()
+    def close(self) -> VideoPrediction:
+        """The result; the session is over.
+
+        Raises:
+            ValueError: no frame was pushed, or the session is closed.
+        """
+        self._check_open()
+        length = len(self._tracks)
+        if not length or self._input_size is None:
+            raise ValueError("the video has no frame: push at least one before close")
+        self._closed = True
+        try:
+            scores, labels, queries = (x.cpu() for x in select_tracks(self._tracks.probabilities(), self._max_num))
+            kept, row = torch.unique(queries, return_inverse=True)
+            writer = MaskWriter(
+                num_queries=len(kept),
+                padded_size=self._normalizer.padded_size([self._input_size]),
+                input_size=self._input_size,
+                output_size=self._output_size,
+                device=self._normalizer.device,
+                with_mask_score=self._mask_score,
+            )
+            for frame in range(length):
+                writer.add(self._tracks.masks(frame, kept.tolist()))
+        finally:
+            self._tracks.close()
+        if self._mask_score:
+            scores = scores * writer.mask_scores()[row]
+        masks = [writer.tracks[i] for i in row.tolist()]
+        return VideoPrediction(scores, labels, queries, masks, *self._output_size, length, self._video_id)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the video is closed: open another with open_video")
