@@ -163,7 +163,7 @@ def test_tool_prints_and_writes(
         ("gt.json", "cut.json", 1, "cut.json: not a json file"),
         ("gt.json", "pixels.json", 1, "pixels.json: not a json file"),
         ("gt.json", "object.json", 1, "expected a list of predictions.*found an object"),
-        ("gt.json", "empty", 1, "no part files"),
+        ("gt.json", "empty", 1, "no part"),
         ("results.json", "results.json", 1, "expected a YouTube-VIS json"),
     ],
 )

@@ -11,25 +11,44 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import zipfile
+import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vis.evaluation.results_writer import RESULT_KEYS, iter_parts
+from vis.evaluation.result_files import ResultsError, Skipped, kind_of, load_results
+from vis.evaluation.results_writer import RESULT_KEYS
 from vis.evaluation.rle_kernels import PackedCodes, areas
 from vis.structures.polygons import polygons_to_rle
 from vis.structures.rle import BadRLE, compress
 
+__all__ = [
+    "GroundTruth",
+    "GroundTruthError",
+    "NoGroundTruth",
+    "ResultsError",
+    "Skipped",
+    "Track",
+    "Tracks",
+    "check_results",
+    "join_short_and_long",
+    "load_ground_truth",
+    "load_results",
+    "make_track",
+    "with_long_videos",
+]
+
 logger = logging.getLogger(__name__)
 
-_SHOWN = 20  # problems printed in full; the rest is counted
+OCCLUSION_LEVELS = ("no_occlusion", "slight_occlusion", "severe_occlusion")
+"""What OVIS says of an object in a frame."""
+
+_HIGHEST = sys.float_info.max
 
 
 class NoGroundTruth(ValueError):
@@ -38,10 +57,6 @@ class NoGroundTruth(ValueError):
 
 class GroundTruthError(ValueError):
     """The ground truth is not in the YouTube-VIS format."""
-
-
-class ResultsError(ValueError):
-    """The results are not in the submission format or do not belong to this ground truth."""
 
 
 @dataclass
@@ -54,6 +69,8 @@ class Track:
         mean_area: mean of the non-zero areas, which is what the size classes go by.
         ignore: a crowd.
         score: confidence; 0 for ground truth.
+        occlusion: (T,) of an object: place in ``OCCLUSION_LEVELS``, -1 where its json says nothing (the object is not
+            in the frame); None without any.
     """
 
     codes: PackedCodes
@@ -61,6 +78,7 @@ class Track:
     mean_area: float
     ignore: bool = False
     score: float = 0.0
+    occlusion: NDArray[np.int64] | None = None
 
 
 Tracks = dict[tuple[int, int], list[Track]]
@@ -69,18 +87,28 @@ Tracks = dict[tuple[int, int], list[Track]]
 
 @dataclass
 class GroundTruth:
-    """What the evaluation needs of a ground-truth file: ``videos`` maps an id to (height, width, length)."""
+    """What the evaluation needs of a ground-truth file.
+
+    Attributes:
+        videos: id -> (height, width, length).
+        categories: id -> name, by ascending id.
+        tracks: the objects.
+        long_videos: ids of the long videos of YouTube-VIS 2022, None where nothing tells them apart.
+        names: video id -> folder of its frames, "" where the json gives no file names.
+    """
 
     videos: dict[int, tuple[int, int, int]]
     categories: dict[int, str]
     tracks: Tracks
+    long_videos: frozenset[int] | None = None
+    names: dict[int, str] = field(default_factory=dict)
 
 
 def load_ground_truth(gt: str | Path | Mapping[str, Any]) -> GroundTruth:
     """Read and check a ground truth.
 
     Args:
-        gt: path of a YouTube-VIS json, or its content.
+        gt: path of a YouTube-VIS json, or its content. A video with ``"long": true`` is a long one of YouTube-VIS 2022.
 
     Raises:
         FileNotFoundError: no such file.
@@ -88,11 +116,12 @@ def load_ground_truth(gt: str | Path | Mapping[str, Any]) -> GroundTruth:
         GroundTruthError: it is not in the format.
     """
     where = "the ground truth" if isinstance(gt, Mapping) else str(gt)
-    content = gt if isinstance(gt, Mapping) else _read_json(Path(gt), GroundTruthError)
+    content = gt if isinstance(gt, Mapping) else _read_json(Path(gt))
     if not isinstance(content, Mapping) or not isinstance(content.get("videos"), list):
         raise GroundTruthError(
             f"{where}: expected a YouTube-VIS json (an object with 'videos', 'categories' and 'annotations'), found "
-            f"{_kind(content)} without a list 'videos'. A COCO image json is evaluated by its registered data set name."
+            f"{kind_of(content)} without a list 'videos'. A COCO image json is evaluated by its registered data set "
+            "name."
         )
     if not content.get("annotations"):
         raise NoGroundTruth(
@@ -102,6 +131,7 @@ def load_ground_truth(gt: str | Path | Mapping[str, Any]) -> GroundTruth:
     try:
         videos = {video["id"]: _video_size(video) for video in content["videos"]}
         categories = {category["id"]: str(category["name"]) for category in content["categories"]}
+        marked = {video["id"] for video in content["videos"] if video.get("long")}
         tracks: Tracks = defaultdict(list)
         for annotation in content["annotations"]:
             _add_annotation(annotation, videos, categories, tracks)
@@ -112,7 +142,55 @@ def load_ground_truth(gt: str | Path | Mapping[str, Any]) -> GroundTruth:
         ) from error
     except GroundTruthError as error:
         raise GroundTruthError(f"{where}: {error} `python tools/check_dataset.py` lists every problem.") from error
-    return GroundTruth(videos, _unique_names(categories), tracks)
+    return GroundTruth(
+        videos,
+        _unique_names(categories),
+        tracks,
+        frozenset(i for i in videos if i in marked) if marked else None,
+        {video["id"]: _folder(video) for video in content["videos"]},
+    )
+
+
+def join_short_and_long(short: GroundTruth, long: GroundTruth) -> GroundTruth:
+    """One ground truth of the two of YouTube-VIS 2022, ``gt_short.json`` and ``gt_long.json``.
+
+    Raises:
+        GroundTruthError: they share a video, or differ in their categories.
+    """
+    common = sorted(set(short.videos) & set(long.videos))
+    if common:
+        raise GroundTruthError(
+            f"the ground truths of the short and of the long videos both hold the videos {common[:10]}: each video "
+            "belongs to one of them. Is one of the two the ground truth of all videos? Name the long ones instead."
+        )
+    if short.categories != long.categories:
+        raise GroundTruthError("the ground truths of the short and of the long videos differ in their categories.")
+    tracks: Tracks = defaultdict(list, {**short.tracks, **long.tracks})
+    return GroundTruth(
+        {**short.videos, **long.videos}, short.categories, tracks, frozenset(long.videos), {**short.names, **long.names}
+    )
+
+
+def with_long_videos(gt: GroundTruth, chosen: Sequence[int | str]) -> GroundTruth:
+    """The same with its long videos named, by id or by the folder of their frames.
+
+    Raises:
+        GroundTruthError: one of them is not in it.
+    """
+    ids = {name: i for i, name in gt.names.items() if name}
+    found = {item if item in gt.videos else ids.get(str(item)) for item in chosen}
+    if None in found or not found:
+        missing = [item for item in chosen if item not in gt.videos and str(item) not in ids]
+        raise GroundTruthError(
+            f"of {len(chosen)} long videos {len(missing)} are not in the ground truth: {missing[:10]}. Give ids or "
+            f"names of videos; it has {len(gt.videos)} videos, {_span(gt.videos)}."
+        )
+    return replace(gt, long_videos=frozenset(i for i in gt.videos if i in found))
+
+
+def _folder(video: Mapping[str, Any]) -> str:
+    names = video.get("file_names")
+    return str(names[0]).rpartition("/")[0] if names else ""
 
 
 def _video_size(video: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -149,9 +227,20 @@ def _add_annotation(
         raise GroundTruthError(f"{name} of video {video_id}: {error}.") from error
     track.ignore = bool(annotation.get("iscrowd", 0))
     given = annotation.get("areas")
-    if isinstance(given, list) and len(given) == length:  # the official code goes by the areas in the file
+    if isinstance(given, list):  # the official code goes by the areas in the file
         track.mean_area = _mean_area(np.array([area or 0 for area in given]))
+    track.occlusion = _occlusion(annotation.get("occlusion"), name, length)
     tracks[video_id, category_id].append(track)
+
+
+def _occlusion(levels: Any, name: str, length: int) -> NDArray[np.int64] | None:
+    """Places in ``OCCLUSION_LEVELS``; None, with a line in the log, where the list is not of the form of OVIS."""
+    if levels is None:
+        return None
+    if not isinstance(levels, list) or len(levels) != length or not {*levels} <= {None, *OCCLUSION_LEVELS}:
+        logger.warning("%s: occlusion is no list of %d of %s; it is left out.", name, length, OCCLUSION_LEVELS)
+        return None
+    return np.array([-1 if level is None else OCCLUSION_LEVELS.index(level) for level in levels], np.int64)
 
 
 def make_track(codes: Sequence[dict[str, Any] | None], height: int, width: int) -> Track:
@@ -181,90 +270,91 @@ def _as_code(mask: Any, height: int, width: int) -> dict[str, Any] | None:
     if isinstance(mask, list):
         mask = polygons_to_rle(mask, height, width)
     if not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
-        raise ValueError(f"a mask must be null or an RLE with 'size' and 'counts', found {_kind(mask)}")
+        raise ValueError(f"a mask must be null or an RLE with 'size' and 'counts', found {kind_of(mask)}")
     if not isinstance(mask["size"], (list, tuple)) or list(mask["size"]) != [height, width]:
         raise ValueError(f"a mask has size {mask['size']!r:.40}, the video has [height, width] = [{height}, {width}]")
     if isinstance(mask["counts"], list):
         mask = compress(mask)
     counts = mask["counts"]
     if not isinstance(counts, (str, bytes)):
-        raise ValueError(f"'counts' of a mask must be a string, found {_kind(counts)}")
+        raise ValueError(f"'counts' of a mask must be a string, found {kind_of(counts)}")
     return {"size": [height, width], "counts": counts.encode("utf-8") if isinstance(counts, str) else counts}
 
 
-def load_results(results: str | Path | Sequence[Any]) -> list[Any]:
-    """The list of predictions from a ``results.json``, a zip that holds one, a folder of part files, or as it is.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ResultsError: the file cannot be read or does not hold a list.
-    """
-    where = "the results"
-    content: Any = results
-    if isinstance(results, (str, Path)):
-        path, where = Path(results), str(results)
-        if path.is_dir():
-            content = [entry for _, entries in iter_parts(path) for entry in entries]
-        elif path.suffix == ".zip":
-            content = _read_zip(path)
-        else:
-            content = _read_json(path, ResultsError)
-    if not isinstance(content, list):
-        raise ResultsError(
-            f"{where}: expected a list of predictions [{{video_id, category_id, score, segmentations}}, ...], found "
-            f"{_kind(content)}. Give the results.json that an evaluation writes."
-        )
-    return content
-
-
-def check_results(entries: Sequence[Any], gt: GroundTruth, where: str = "the results") -> Tracks:
+def check_results(
+    entries: Iterable[Any], gt: GroundTruth, where: str = "the results", *, skipped: Skipped | None = None
+) -> Tracks:
     """Turn predictions into tracks.
 
+    Args:
+        entries: the predictions; each is let go when it is checked.
+        gt: what they must belong to.
+        where: what messages call them.
+        skipped: takes those that cannot be evaluated, and the others are returned. None: one such is an error.
+
     Raises:
-        ResultsError: with every problem that was found, in the order of the list.
+        ResultsError: with every problem that was found, in the order of the list; or none of them can be evaluated.
     """
     tracks: Tracks = defaultdict(list)
-    problems: list[str] = []
-    for index, entry in enumerate(entries):
+    bad = Skipped()
+    count = 0
+    for count, entry in enumerate(entries, start=1):
         try:
             track = _check_entry(entry, gt)
             tracks[entry["video_id"], entry["category_id"]].append(track)
-        except ValueError as error:
-            problems.append(f"  entry {index}: {error}")
-    if problems:
-        shown = problems[:_SHOWN] + [f"  ... and {len(problems) - _SHOWN} more"] * (len(problems) > _SHOWN)
-        raise ResultsError(
-            f"{where}: {len(problems)} of {len(entries)} predictions cannot be evaluated:\n" + "\n".join(shown)
-        )
+        except ResultsError as error:
+            (bad if skipped is None else skipped).add(f"entry {count - 1}", error)
+    if bad.total:
+        raise ResultsError(_refusal(bad, count, where))
+    if skipped is not None and skipped.total and not tracks:
+        raise ResultsError(_refusal(skipped, count, where))
     return tracks
+
+
+def _refusal(bad: Skipped, count: int, where: str) -> str:
+    hint = ""
+    if bad.kinds["of an unknown video"] == bad.total == count:
+        hint = " Not one belongs to a video of the ground truth: these are results of another data set or split."
+    return f"{where}: {bad.total} of {count} predictions cannot be evaluated.{hint}\n  {bad}"
 
 
 def _check_entry(entry: Any, gt: GroundTruth) -> Track:
     if not isinstance(entry, Mapping):
-        raise ResultsError(f"expected an object with {', '.join(RESULT_KEYS)}, found {_kind(entry)}.")
+        raise ResultsError(f"expected an object with {', '.join(RESULT_KEYS)}, found {kind_of(entry)}.", "no object")
     missing = [key for key in RESULT_KEYS if key not in entry]
     if missing:
-        raise ResultsError(f"{', '.join(missing)} missing; expected the keys {', '.join(RESULT_KEYS)}.")
+        message = f"{', '.join(missing)} missing; expected the keys {', '.join(RESULT_KEYS)}."
+        raise ResultsError(message, "without a key")
     video_id, category_id, score, masks = (entry[key] for key in RESULT_KEYS)
     if type(video_id) is not int or video_id not in gt.videos:
         raise ResultsError(
             f"video_id {video_id!r} is not in the ground truth ({len(gt.videos)} videos, {_span(gt.videos)}). Were the "
-            "results made on another data set or split?"
+            "results made on another data set or split?",
+            "of an unknown video",
         )
     if type(category_id) is not int or category_id not in gt.categories:
         raise ResultsError(
             f"video {video_id}: category_id {category_id!r} is not in the ground truth ({len(gt.categories)} "
-            f"categories, {_span(gt.categories)}). Expected the data set's own ids, not the model's labels from 0."
+            f"categories, {_span(gt.categories)}). Expected the data set's own ids, not the model's labels from 0.",
+            "of an unknown category",
         )
     name = f"video {video_id}, category {category_id}"
-    if type(score) not in (int, float) or not math.isfinite(score):
-        raise ResultsError(f"{name}: score {score!r} must be a finite number; check the model's outputs.")
-    height, width, length = gt.videos[video_id]
+    if type(score) not in (int, float) or not -_HIGHEST <= score <= _HIGHEST:
+        message = f"{name}: score {score!r} must be a finite number; check the model's outputs."
+        raise ResultsError(message, "without a finite score")
+    track = _check_masks(masks, gt.videos[video_id], name)
+    track.score = float(score)
+    return track
+
+
+def _check_masks(masks: Any, video: tuple[int, int, int], name: str) -> Track:
+    height, width, length = video
     if not isinstance(masks, list) or len(masks) != length:
-        found = f"{len(masks)} entries" if isinstance(masks, list) else _kind(masks)
+        found = f"{len(masks)} entries" if isinstance(masks, list) else kind_of(masks)
         raise ResultsError(
             f"{name}: segmentations must have one entry per frame of the video ({length}), found {found}. Write null "
-            "for frames without a mask."
+            "for frames without a mask.",
+            "with a wrong number of masks",
         )
     codes: list[dict[str, Any] | None] = []
     for frame, mask in enumerate(masks):
@@ -274,51 +364,27 @@ def _check_entry(entry: Any, gt: GroundTruth) -> Track:
             codes.append(_as_code(mask, height, width))
         except ValueError as error:
             raise ResultsError(
-                f"{name}, frame {frame}: {error}. Masks are COCO RLE at the video's own size."
+                f"{name}, frame {frame}: {error}. Masks are COCO RLE at the video's own size.",
+                "with a mask of a wrong size or form",
             ) from error
     try:
-        track = make_track(codes, height, width)
+        return make_track(codes, height, width)
     except BadRLE as error:
         raise ResultsError(
             f"{name}, frame {error.index}: not a run-length code of a {height}x{width} mask: {error.reason}. "
-            "Encode masks with pycocotools.mask.encode of a Fortran-ordered uint8 array."
+            "Encode masks with pycocotools.mask.encode of a Fortran-ordered uint8 array.",
+            "with a damaged mask",
         ) from error
-    track.score = float(score)
-    return track
 
 
 def _span(ids: Mapping[int, Any]) -> str:
     return f"ids {min(ids)} to {max(ids)}" if ids else "no ids"
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
-    return names.get(type(value), f"{type(value).__name__} {value!r:.40}")
-
-
-def _read_json(path: Path, error_type: type[ValueError]) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    return _parse_json(path.read_bytes(), str(path), error_type)
-
-
-def _parse_json(data: bytes, where: str, error_type: type[ValueError]) -> Any:
-    try:
-        return json.loads(data)
-    except ValueError as error:  # covers broken json and broken utf-8
-        raise error_type(f"{where}: not a json file ({error}). Was it cut off while it was written?") from error
-
-
-def _read_zip(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if "results.json" not in archive.namelist():
-                raise ResultsError(
-                    f"{path}: expected results.json at the root of the zip, found {archive.namelist()[:5]}. "
-                    "The servers accept no sub-folder either."
-                )
-            return _parse_json(archive.read("results.json"), f"{path}/results.json", ResultsError)
-    except zipfile.BadZipFile as error:
-        raise ResultsError(f"{path}: not a zip file ({error}).") from error
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # covers broken json and broken utf-8
+        raise GroundTruthError(f"{path}: not a json file ({error}). Was it cut off while it was written?") from error
