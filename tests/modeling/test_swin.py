@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone.swin import SwinTransformerBlock
 
 from vis.modeling import build_model
-from vis.modeling.backbones.swin import D2SwinTransformer
+from vis.modeling.backbones.swin import D2SwinTransformer, RecomputedBlock
 
 TINY = {
     "MODEL.BACKBONE.NAME": "D2SwinTransformer",
@@ -67,3 +68,31 @@ def test_minvis_with_swin(tiny_cfg: Any) -> None:
         *("patch_embed", "layers"),
         *(f"norm{i}" for i in range(4)),
     }
+
+
+def gradients(tiny_cfg: Any, again: bool, frozen_patches: bool) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients, and how many numbers were kept for them.
+
+    Of two pictures of different sizes in one step: the first is recomputed after the second was seen.
+    """
+    torch.manual_seed(0)
+    values = {**TINY, "MODEL.SWIN.DROP_PATH_RATE": 0.0, "MODEL.SWIN.USE_CHECKPOINT": again}
+    swin = D2SwinTransformer(tiny_cfg(values), ShapeSpec(channels=3)).train()
+    swin.patch_embed.requires_grad_(not frozen_patches)
+    blocks = [module for module in swin.modules() if isinstance(module, SwinTransformerBlock)]
+    assert [type(block) is RecomputedBlock for block in blocks] == [again] * 5
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        features = [swin(torch.randn(1, 3, *size)) for size in ((64, 96), (96, 32))]
+    torch.stack([x.square()[..., ::2].sum() for stages in features for x in stages.values()]).sum().backward()
+    return {name: x.grad for name, x in swin.named_parameters() if x.grad is not None}, sum(kept)
+
+
+@pytest.mark.parametrize("frozen_patches", [False, True])
+def test_recomputation_changes_no_gradient_but_keeps_less(tiny_cfg: Any, frozen_patches: bool) -> None:
+    (plain, kept_plain), (again, kept_again) = (gradients(tiny_cfg, x, frozen_patches) for x in (False, True))
+    assert list(plain) == list(again)
+    assert any("blocks.0.attn.qkv" in name for name in plain)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, msg=name)
+    assert kept_again < 0.3 * kept_plain
