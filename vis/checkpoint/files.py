@@ -1,7 +1,8 @@
 """From a path or an address to a dict of tensors, whatever container the file is.
 
 Nothing in a file is run: torch files are read with ``weights_only=True``, detectron2's ``.pkl`` by
-:mod:`vis.checkpoint.pickles`, safetensors has no code in it.
+:mod:`vis.checkpoint.pickles`, safetensors has no code in it. What a file declares is compared with its size before
+anything is reserved for it (:mod:`vis.checkpoint.bounds`).
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
+from vis.checkpoint.bounds import Unbounded, check_legacy_torch, check_opcodes, check_torch_zip
+from vis.checkpoint.locations import local_path
 from vis.checkpoint.pickles import ForbiddenContent, read_array_pickle
 
 # What a file of torch.save starts with when it is not a zip archive: protocol 2 and the magic number.
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _CONTAINERS = ("model", "state_dict", "model_state_dict")
+# Tensors may share memory (a weight under two names), but not be a multiple of the file.
+_MOST_OF_FILE = 8
 _READING_ERRORS = (
     RuntimeError,
     pickle.UnpicklingError,
@@ -34,6 +38,9 @@ _READING_ERRORS = (
     AttributeError,
     ValueError,
     MemoryError,
+    OverflowError,
+    RecursionError,
+    zipfile.BadZipFile,
 )
 
 
@@ -43,81 +50,62 @@ class WeightFile:
 
     Attributes:
         state: name -> tensor.
-        backbone_only: the names are those of a classification backbone alone (detectron2's "matching_heuristics").
+        backbone_only: the file says that it is a backbone (detectron2's "matching_heuristics", or Caffe2's "blobs").
         path: where the file lies on this machine.
+        content: everything else that the file holds.
     """
 
     state: dict[str, Tensor]
     backbone_only: bool
     path: Path
-
-
-def local_path(path: str | PathLike[str]) -> Path:
-    """The file behind a path, a ``detectron2://`` name or an ``http(s)://`` address (downloaded once, to FVCORE_CACHE).
-
-    Raises:
-        FileNotFoundError: no such file, or the download failed.
-    """
-    name = str(path)
-    if "://" in name:
-        try:
-            return Path(PathManager.get_local_path(name))
-        except Exception as error:  # a dozen kinds of network errors, none of them ours
-            raise FileNotFoundError(
-                f"{name} could not be downloaded ({type(error).__name__}: {error}). Download it elsewhere and give "
-                "the path of the file"
-            ) from error
-    file = Path(name).expanduser()
-    if file.is_dir():
-        raise FileNotFoundError(f"{name} is a folder, expected a file of weights (.pth, .pt, .safetensors or .pkl)")
-    if not file.is_file():
-        near = sorted(item.name for item in file.parent.glob("*.p*") if item.is_file()) if file.parent.is_dir() else []
-        hint = f"that folder holds {', '.join(near[:8])}" if near else f"looked from {Path.cwd()}"
-        raise FileNotFoundError(f"weights file {name} does not exist ({hint})")
-    return file
+    content: dict[Any, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(path: str | PathLike[str]) -> Any:
     """Everything in a file of ``torch.save``, tensors on the CPU.
 
     Raises:
-        FileNotFoundError: see :func:`local_path`.
+        FileNotFoundError: see :func:`vis.checkpoint.locations.local_path`.
         ValueError: the file is not such a file, is damaged, or holds Python objects that could run code.
     """
     file = local_path(path)
     kind = _kind(file)
-    if kind != "torch":
+    if kind not in ("torch", "legacy torch"):
         raise ValueError(f"{file} is {_NAMES.get(kind, kind)}, expected a checkpoint written by torch.save")
-    return _guarded(file, "torch")
+    return _guarded(file, kind)
 
 
 def read_weights(path: str | PathLike[str]) -> WeightFile:
     """The weights in a ``.pth``/``.pt``, ``.safetensors`` or detectron2 ``.pkl`` file; the content tells which it is.
 
     Raises:
-        FileNotFoundError: see :func:`local_path`.
+        FileNotFoundError: see :func:`vis.checkpoint.locations.local_path`.
         ValueError: it is none of these, is damaged, holds objects that could run code, or has no tensors in it.
     """
     file = local_path(path)
     content = _guarded(file, _kind(file))
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, expected a dict of tensors or {{'model': ...}}")
-    caffe2 = "blobs" in content and "model" not in content
-    state = content["blobs"] if caffe2 else content
-    for name in _CONTAINERS:
-        if isinstance(content.get(name), dict):
-            state = content[name]
-            break
-    tensors = {str(key): _tensor(value) for key, value in state.items() if isinstance(value, (Tensor, np.ndarray))}
+    caffe2 = isinstance(content.get("blobs"), dict) and "model" not in content
+    inside = "blobs" if caffe2 else next((name for name in _CONTAINERS if isinstance(content.get(name), dict)), None)
+    state = content if inside is None else content[inside]
+    tensors = {
+        str(key): _tensor(value, str(key), file)
+        for key, value in state.items()
+        if isinstance(value, (Tensor, np.ndarray))
+    }
     if not tensors:
         raise ValueError(f"{file} has no weights in it: found {', '.join(map(str, list(content)[:8])) or 'nothing'}")
-    if caffe2:
-        tensors = _caffe2_names(tensors)
-    return WeightFile(tensors, caffe2 or bool(content.get("matching_heuristics")), file)
+    declared = sum(value.numel() * value.element_size() for value in tensors.values())
+    if declared > _MOST_OF_FILE * file.stat().st_size:
+        raise ValueError(f"{file} declares {declared} bytes of tensors and has {file.stat().st_size}: it is refused")
+    others = {} if inside is None else {key: value for key, value in content.items() if key != inside}
+    return WeightFile(tensors, caffe2 or bool(content.get("matching_heuristics")), file, others)
 
 
 _NAMES = {
     "torch": "a PyTorch file",
+    "legacy torch": "a PyTorch file",
     "pickle": "a pickle (.pkl)",
     "safetensors": "a safetensors file",
 }
@@ -139,7 +127,7 @@ def _kind(file: Path) -> str:
     if head.startswith(b"PK\x03\x04"):
         return _kind_of_zip(file)
     if head.startswith(_LEGACY_TORCH):
-        return "torch"
+        return "legacy torch"
     if head[:1] == b"\x80":
         return "pickle"
     if len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**30:
@@ -165,8 +153,13 @@ def _guarded(file: Path, kind: str) -> Any:
         if kind == "safetensors":
             return _read_safetensors(file)
         if kind == "pickle":
+            with file.open("rb") as handle:
+                check_opcodes(handle, file.stat().st_size)
             return read_array_pickle(file)
+        (check_torch_zip if kind == "torch" else check_legacy_torch)(file)
         return torch.load(file, map_location="cpu", weights_only=True)
+    except Unbounded as error:
+        raise ValueError(f"{file} is refused: {error}. No program writes such files; do not use it") from error
     except ForbiddenContent as error:
         raise ValueError(
             f"{file} holds Python objects beside arrays ({error}) and is refused: reading them can run code. "
@@ -192,19 +185,16 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(file)
+        return load_file(file)  # the library compares every size in the header with the file
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(str(error)) from error
 
 
-def _tensor(value: Tensor | np.ndarray) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
-
-
-def _caffe2_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Caffe2 files (detectron2's MSRA ImageNet weights) in detectron2's names; momentum buffers dropped."""
-    from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
-
-    weights = {key: value for key, value in tensors.items() if not key.endswith("_momentum")}
-    renamed, _ = convert_c2_detectron_names(weights)
-    return renamed
+def _tensor(value: Tensor | np.ndarray, name: str, file: Path) -> Tensor:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biuf":
+            raise ValueError(f"{file}: {name} is an array of {value.dtype}, expected numbers")
+        return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+    if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+        raise ValueError(f"{file}: {name} is a {value.layout} tensor on {value.device}, expected a plain one")
+    return value

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from os import PathLike
 
+import torch
 from torch import Tensor, nn
 
-from vis.checkpoint.files import read_weights
-from vis.checkpoint.names import CLASS_HEADS, CONSTANTS, backbone_names, modern_names
+from vis.checkpoint.class_rows import ClassMap, map_rows
+from vis.checkpoint.files import WeightFile, read_weights
+from vis.checkpoint.names import CLASS_HEADS, CLASS_ROWS, CONSTANTS, INDICES, backbone_prefix
+from vis.checkpoint.report import LoadReport, Problems
+from vis.checkpoint.sources import Recognised, recognise, take_backbone
+from vis.checkpoint.stages import check_class_heads, permitted_missing
 from vis.config import CfgNode, declare
 
 logger = logging.getLogger(__name__)
@@ -20,123 +24,168 @@ logger = logging.getLogger(__name__)
 def add_config(cfg: CfgNode) -> None:
     """Parts that may be missing from MODEL.WEIGHTS when training starts."""
     # Prefixes of parameter names, for a stage that starts from the weights of an earlier one (["tracker."]). They keep
-    # their initial values. Evaluation never allows anything to be missing.
+    # their initial values. Methods with stages of their own know them; evaluation never allows anything to be missing.
     cfg.MODEL.WEIGHTS_ALLOW_MISSING = []
 
 
-@dataclass
-class LoadReport:
-    """What became of every name.
-
-    Attributes:
-        path: the file.
-        matched: names loaded.
-        remade: class heads whose number of classes differs, as (name, shape in the file, shape in the model): these
-            keep the initial values of the model.
-        missing: names of the model that the file has not, all of them allowed.
-        ignored: names of the file that the model does not need (constants; a classification head beside a backbone).
-        backbone_only: the file holds a backbone and nothing else.
-    """
-
-    path: str
-    matched: list[str] = field(default_factory=list)
-    remade: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-    backbone_only: bool = False
-
-    def summary(self) -> str:
-        """One paragraph for the log."""
-        lines = [f"{self.path}: {len(self.matched)} tensors loaded"]
-        if self.remade:
-            heads = ", ".join(f"{name} {list(found)} -> {list(own)}" for name, found, own in self.remade)
-            lines.append(f"made anew, since the number of classes differs, to be trained: {heads}")
-        if self.missing:
-            why = "the file holds a backbone alone" if self.backbone_only else "missing in the file, as allowed"
-            lines.append(f"{why}: {len(self.missing)} others start from initial values ({_groups(self.missing)})")
-        if self.ignored:
-            lines.append(f"{len(self.ignored)} of the file are not needed ({_groups(self.ignored)})")
-        return "; ".join(lines)
-
-
-def load_weights(model: nn.Module, path: str | PathLike[str], *, allow_missing: Sequence[str] = ()) -> LoadReport:
+def load_weights(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    allow_missing: Sequence[str] = (),
+    training: bool = True,
+    class_map: ClassMap | None = None,
+    source: str = "",
+) -> LoadReport:
     """Load the weights of a file into ``model`` in place; values are cast to the types of the model.
+
+    The names in the file tell which release it is of (:mod:`vis.checkpoint.sources`), and are mapped to ours.
 
     Args:
         path: ``.pth``/``.pt`` (a state dict, or a container with "model"), ``.safetensors``, detectron2 ``.pkl``, or an
-            address of one.
-        allow_missing: prefixes of names that the file need not have.
+            address of one: ``https://``, ``detectron2://``, ``hf://owner/repository/path/in/it``.
+        allow_missing: prefixes of names that the file need not have (in training).
+        training: a training starts from the file: the file may lack what ``WEIGHT_STAGES`` of the model says, or
+            everything but a backbone, and class heads may start anew. Otherwise all of that is an error.
+        class_map: how class heads of other classes start; None: from initial values.
+        source: the file is of this source (a name in ``vis.checkpoint.sources.SOURCES``); "": its names tell.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read, or its names or shapes are not those of the model, which is then unchanged.
+        ValueError: the file cannot be read, is of a wrong stage, or its names or shapes are not those of the model,
+            which is then unchanged.
     """
     weights = read_weights(path)
-    own = model.state_dict()
-    report = LoadReport(str(path), backbone_only=weights.backbone_only)
-    state = modern_names(weights.state, own)
-    if weights.backbone_only:
-        state = backbone_names(state, own)
-
-    wrong_shape = []
-    chosen: dict[str, Tensor] = {}
-    for name in [key for key in state if key in own]:
-        found, wanted = tuple(state[name].shape), tuple(own[name].shape)
-        if found == wanted:
-            chosen[name] = state[name]
-        elif CLASS_HEADS.search(name) and found[1:] == wanted[1:]:
-            report.remade.append((name, found, wanted))
-        else:
-            wrong_shape.append(f"{name}: {list(found)} in the file, {list(wanted)} in the model")
-
-    remade = {name for name, _, _ in report.remade}
-    absent = [name for name in own if name not in chosen and name not in remade and name not in state]
-    extra = [name for name in state if name not in own]
-    report.matched = list(chosen)
-    report.missing = [name for name in absent if _may_miss(name, weights.backbone_only, allow_missing)]
-    report.ignored = [name for name in extra if weights.backbone_only or CONSTANTS.search(name)]
-    problems = [
-        *_problem("of another shape", wrong_shape),
-        *_problem("missing in the file", sorted(set(absent) - set(report.missing))),
-        *_problem("in the file but not in the model", sorted(set(extra) - set(report.ignored))),
-    ]
-    if weights.backbone_only and 2 * len(chosen) < len(state):
-        # The few names that fit by accident ("norm.weight") would load the backbone of another architecture.
-        problems += _problem("of a backbone that the model does not have", extra)
-    if problems:
-        raise ValueError(_advice(report.path, problems, len(chosen), len(own)))
-    model.load_state_dict(chosen, strict=False)
-    logger.info("weights: %s", report.summary())
-    return report
-
-
-def _may_miss(name: str, backbone_only: bool, allowed: Sequence[str]) -> bool:
-    # Counters of batch normalisation steer nothing here and are not in files of older versions.
-    return backbone_only or name.endswith("num_batches_tracked") or name.startswith(tuple(allowed))
-
-
-def _problem(what: str, names: Sequence[str], most: int = 20) -> list[str]:
-    if not names:
-        return []
-    more = f"\n    ... and {len(names) - most} more" if len(names) > most else ""
-    return [f"  {len(names)} {what}:\n    " + "\n    ".join(names[:most]) + more]
-
-
-def _advice(path: str, problems: Iterable[str], matched: int, total: int) -> str:
-    return (
-        f"{path} does not fit this model ({matched} of its {total} tensors match):\n"
-        + "\n".join(problems)
-        + "\nUse the weights of this architecture and stage, or the config that these weights were trained with. "
-        "To train a stage that starts from an earlier one, name the new parts: "
-        "MODEL.WEIGHTS_ALLOW_MISSING \"['tracker.']\""
+    return load_state(
+        *(model, weights, str(path)),
+        allow_missing=allow_missing,
+        training=training,
+        class_map=class_map,
+        source=source,
     )
 
 
-def _groups(names: Sequence[str]) -> str:
-    """Names counted by their first part, or two where all share the first."""
-    depth = 2 if len({name.split(".")[0] for name in names}) == 1 else 1
-    counts: dict[str, int] = {}
-    for name in names:
-        head = ".".join(name.split(".")[:depth])
-        counts[head] = counts.get(head, 0) + 1
-    return ", ".join(f"{head} {count}" for head, count in counts.items())
+def load_state(
+    model: nn.Module,
+    weights: WeightFile,
+    path: str,
+    *,
+    allow_missing: Sequence[str] = (),
+    training: bool = True,
+    class_map: ClassMap | None = None,
+    source: str = "",
+) -> LoadReport:
+    """:func:`load_weights` of a file that has been read; ``path`` is what messages call it."""
+    own = model.state_dict()
+    try:
+        file = recognise(weights.state, backbone_only=weights.backbone_only, name=source)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if file.source.part and not _beside(file, own):
+        file = take_backbone(file)
+    permitted = permitted_missing(model, file, path, training=training, allow_missing=allow_missing)
+    loader = _Loader(own, file, LoadReport(path, file.source.title, file.stage, note=file.source.note))
+    loader.sort(permitted, class_map)
+    report = loader.report
+    if loader.problems:
+        raise ValueError(loader.problems.text(report, len(own)))
+    remade = {name: (found[0], wanted[0]) for name, found, wanted in report.remade}
+    check_class_heads(model, file, path, remade, training=training)
+    model.load_state_dict(loader.chosen, strict=False)
+    logger.info("weights: %s", report.summary())
+    if report.note:
+        logger.warning("%s is %s: %s", path, file.source.title, report.note)
+    return report
+
+
+def _beside(file: Recognised, own: Mapping[str, Tensor]) -> list[str]:
+    """What a model has of a file beside the file's backbone."""
+    return [name for name in file.state if name in own and not name.startswith(file.source.part)]
+
+
+class _Loader:
+    """Sorts the names of one file and one model into what is loaded, what may differ and what is wrong."""
+
+    def __init__(self, own: Mapping[str, Tensor], file: Recognised, report: LoadReport) -> None:
+        self.own, self.file, self.report = own, file, report
+        self.chosen: dict[str, Tensor] = {}
+        self.problems = Problems()
+        report.backbone_only = file.backbone
+        report.ignored = list(file.dropped)
+        self.prefix = ""
+        if file.backbone:
+            # names that have a backbone's prefix already stay as they are
+            bare = [name for name in file.state if name not in own]
+            self.prefix = backbone_prefix(bare, own) or ""
+        self.state = {name if name in own else self.prefix + name: value for name, value in file.state.items()}
+
+    def sort(self, permitted: Sequence[str], class_map: ClassMap | None) -> None:
+        """Fill ``chosen``, ``report`` and ``problems``."""
+        for name, value in self.state.items():
+            if name in self.own:
+                self._place(name, value, self.own[name], class_map)
+            elif CONSTANTS.search(name) or self._unneeded(name):
+                self.report.ignored.append(name)
+            else:
+                self.problems.unexpected.append(name)
+        loaded = {self.own[name].data_ptr() for name in self.chosen if self.own[name].numel()}
+        for name, value in self.own.items():
+            # a parameter that the model has under two names is loaded with the other
+            if name not in self.state and not (value.numel() and value.data_ptr() in loaded):
+                allowed = self._may_miss(name, permitted)
+                (self.report.missing if allowed else self.problems.missing).append(name)
+        # counters of normalisation and tables of indices are no news
+        self.report.missing = [name for name in self.report.missing if not CONSTANTS.search(name)]
+        self.report.matched = list(self.chosen)
+
+    def _place(self, name: str, value: Tensor, own: Tensor, class_map: ClassMap | None) -> None:
+        found, wanted = tuple(value.shape), tuple(own.shape)
+        if INDICES.search(name):
+            # some files have the table as a vector
+            same = value.numel() == own.numel() and torch.equal(value.reshape(wanted).to(own), own)
+            if same:
+                self.chosen[name] = value.reshape(wanted)
+            else:
+                self.problems.other_constants.append(name)
+            return
+        head = CLASS_HEADS.search(name) is not None and found[1:] == wanted[1:]
+        if head and class_map is not None and CLASS_ROWS.search(name):
+            mapped = map_rows(name, value, own, class_map, self.file.source)
+            if mapped is not None:
+                self.chosen[name], rows = mapped
+                self.report.rows.append(rows)
+                self.report.remade.append((name, found, wanted))
+                return
+        if found == wanted:
+            self.chosen[name] = value
+        elif head:
+            self.report.remade.append((name, found, wanted))
+        elif (adapted := self._adapted(name, value, wanted)) is not None:
+            self.chosen[name] = adapted
+            self.report.adapted.append(name)
+        else:
+            self.problems.wrong_shape.append(f"{name}: {list(found)} in the file, {list(wanted)} in the model")
+
+    def _adapted(self, name: str, value: Tensor, wanted: tuple[int, ...]) -> Tensor | None:
+        adapt = self.file.source.adapt
+        return None if adapt is None else adapt(name, value, wanted)
+
+    def _optional(self, name: str) -> bool:
+        pattern = self.file.source.may_miss
+        return pattern is not None and pattern.search(name.removeprefix(self.prefix)) is not None
+
+    def _unneeded(self, name: str) -> bool:
+        """Whether a name of the file may be one that the model does not have."""
+        aliases = self.file.source.aliases
+        return (self.file.backbone and self._optional(name)) or (aliases is not None and bool(aliases.search(name)))
+
+    def _may_miss(self, name: str, permitted: Sequence[str]) -> bool:
+        if CONSTANTS.search(name) or name.startswith(tuple(permitted)):
+            return True
+        if not self.file.backbone:
+            return False
+        return self._outside(name) or self._optional(name)
+
+    def _outside(self, name: str) -> bool:
+        """Whether a name is outside the backbone that the file is of."""
+        return bool(self.prefix) and not name.startswith(self.prefix)

@@ -1,47 +1,32 @@
-"""Names of parameters in files versus names in our models."""
+"""Names of parameters: class heads, constants, and where a backbone sits in a model."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
-
-from torch import Tensor
+from collections.abc import Collection
 
 #: Parameters that hold one row for each class: re-made where the number of classes differs.
-CLASS_HEADS = re.compile(r"(^|\.)(class_embed\.(.+\.)?(weight|bias)|criterion\.empty_weight)$")
-
-# Buffers that older versions of the models saved; ours are constants of the configuration.
-CONSTANTS = re.compile(r"(^|\.)(pixel_mean|pixel_std)$")
-
-# Old name -> name since. From Mask2Former files of before the rename of the queries, and early DVIS files.
-_RENAMED = (
-    (re.compile(r"(^|\.)static_query\."), r"\1query_feat."),
-    (re.compile(r"^offline_tracker\."), "refiner."),
+CLASS_HEADS = re.compile(
+    r"(^|\.)(class_embed\.(.+\.)?(weight|bias)|\w*criterion\.empty_weight"
+    r"|box_predictor\.(cls_score|bbox_pred)\.(weight|bias)|mask_head\.predictor\.(weight|bias))$"
 )
+#: Of these, the ones whose rows are the classes themselves, so that a row can be copied from another label set.
+CLASS_ROWS = re.compile(r"(^|\.)class_embed\.(.+\.)?(weight|bias)$")
+
+#: Constants of a configuration and counters that steer nothing: some files have them, some do not.
+CONSTANTS = re.compile(
+    r"(^|\.)(pixel_mean|pixel_std|relative_position_index|num_batches_tracked|cell_anchors\.\d+)$|\.attn_mask$"
+)
+#: Constants that the model keeps, and that a file must agree with where it has them.
+INDICES = re.compile(r"\.relative_position_index$")
 
 
-def modern_names(state: Mapping[str, Tensor], model_keys: Collection[str]) -> dict[str, Tensor]:
-    """Take off the ``module.`` of data-parallel wrappers and replace names of earlier releases.
+def backbone_prefix(names: Collection[str], model_keys: Collection[str]) -> str | None:
+    """Where the model has a backbone with these names, or None.
 
-    A name that the model itself has is left alone.
-    """
-    wrapped = bool(state) and all(key.startswith("module.") for key in state)
-    result = {}
-    for key, value in state.items():
-        name = key.removeprefix("module.") if wrapped else key
-        if name not in model_keys:
-            for pattern, replacement in _RENAMED:
-                name = pattern.sub(replacement, name)
-        result[name] = value
-    return result
-
-
-def backbone_names(state: Mapping[str, Tensor], model_keys: Collection[str]) -> dict[str, Tensor]:
-    """Put the names of a backbone alone (``res2.0.conv1.weight``) under where the model has its backbone.
-
-    The place is the prefix with "backbone" in it under which most names of the file are found
-    (``backbone.``, ``backbone.bottom_up.``, ``detr.detr.backbone.0.backbone.``). Names that already fit stay.
+    The place is the prefix with "backbone" in it under which most of the names are found (``backbone.``,
+    ``backbone.bottom_up.``, ``backbone.vit_module.``, ``detr.detr.backbone.0.backbone.``).
     """
     prefixes: Counter[str] = Counter()
     by_ending: dict[str, list[str]] = {}
@@ -51,9 +36,13 @@ def backbone_names(state: Mapping[str, Tensor], model_keys: Collection[str]) -> 
             prefix = ".".join(parts[:cut]) + "."
             if "backbone" in prefix:
                 by_ending.setdefault(key[len(prefix) :], []).append(prefix)
-    for key in state:
+    for key in names:
         prefixes.update(by_ending.get(key, []))
-    if not prefixes:
-        return dict(state)
-    best = max(prefixes, key=lambda prefix: (prefixes[prefix], -len(prefix)))
-    return {key if key in model_keys else best + key: value for key, value in state.items()}
+    return max(prefixes, key=lambda prefix: (prefixes[prefix], -len(prefix)), default=None)
+
+
+def grouped(names: Collection[str]) -> str:
+    """Names counted by their first part, or two where all share the first."""
+    depth = 2 if len({name.split(".")[0] for name in names}) == 1 else 1
+    counts = Counter(".".join(name.split(".")[:depth]) for name in names)
+    return ", ".join(f"{head} {count}" for head, count in counts.items())

@@ -25,16 +25,27 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+class _ArrayType:
+    """Stands for ``numpy.ndarray``, which called with a shape would reserve memory for it."""
+
+
+def _empty_array(kind: Any, shape: Any, code: Any) -> np.ndarray:
+    """``numpy.core.multiarray._reconstruct`` as arrays use it: empty, the content follows."""
+    if not isinstance(kind, _ArrayType) or tuple(shape) != (0,):
+        raise ForbiddenContent(f"an array of shape {shape} without content")
+    return np.ndarray((0,), "b")
+
+
 def _array_functions() -> dict[tuple[str, str], Any]:
     core: Any = getattr(np, "_core", None) or np.core  # numpy 2 renamed the package; files name either
     names: dict[tuple[str, str], Any] = {
-        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "ndarray"): _ArrayType(),
         ("numpy", "dtype"): np.dtype,
         ("collections", "OrderedDict"): OrderedDict,
         ("_codecs", "encode"): _encode,
     }
     for package in ("numpy.core", "numpy._core"):
-        names[f"{package}.multiarray", "_reconstruct"] = core.multiarray._reconstruct
+        names[f"{package}.multiarray", "_reconstruct"] = _empty_array
         names[f"{package}.multiarray", "scalar"] = core.multiarray.scalar
         names[f"{package}.numeric", "_frombuffer"] = core.numeric._frombuffer
     return names

@@ -65,7 +65,7 @@ class VideoPredictor:
                 "MODEL.WEIGHTS is empty: prediction needs trained weights, give MODEL.WEIGHTS path/to/model.pth"
             )
         model = build_model(cfg)
-        load_weights(model, cfg.MODEL.WEIGHTS)
+        load_weights(model, cfg.MODEL.WEIGHTS, training=False)
         return {
             "model": model,
             "min_size": cfg.INPUT.MIN_SIZE_TEST,

@@ -22,7 +22,7 @@ from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, Tenso
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vis.checkpoint import load_weights, read_checkpoint, remove_temporary_files
+from vis.checkpoint import build_class_map, load_weights, read_checkpoint, remove_temporary_files
 from vis.config import CfgNode
 from vis.data.loaders import build_test_loader, build_train_loader
 from vis.engine.hooks import CheckpointHook, EvaluationHook, MetricPrinter
@@ -108,7 +108,8 @@ class Trainer(TrainerBase):
         if comm.is_main_process():
             set_earlier_run_aside(self.folder)
         if weights:
-            load_weights(self.module, weights, allow_missing=tuple(self.cfg.MODEL.WEIGHTS_ALLOW_MISSING))
+            allowed = tuple(self.cfg.MODEL.WEIGHTS_ALLOW_MISSING)
+            load_weights(self.module, weights, allow_missing=allowed, class_map=build_class_map(self.cfg))
         else:
             logger.info("MODEL.WEIGHTS is empty: training starts from initial weights")
 
@@ -350,7 +351,7 @@ def evaluate_only(cfg: CfgNode, *, resume: bool = False) -> OrderedDict[str, Any
             "nothing to evaluate: set MODEL.WEIGHTS to a file, or use --resume with the OUTPUT_DIR of a training"
         )
     model = build_model(cfg)
-    load_weights(model, weights)
+    load_weights(model, weights, training=False)
     model.eval()
     return evaluate(cfg, model)
 
