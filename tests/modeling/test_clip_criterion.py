@@ -66,6 +66,7 @@ def refined(videos: int = 1) -> RefinerOutput:
         pred_logits=torch.randn(LAYERS, videos, Q, K + 1, requires_grad=True),
         mask_embeds=torch.randn(LAYERS, videos, T, Q, CM, requires_grad=True),
         pred_embeds=torch.randn(videos, T, Q, C, requires_grad=True),
+        mask_features=torch.randn(videos, T, CM, *SMALL),
     )
 
 
@@ -330,15 +331,16 @@ def test_refiner_equals_the_tall_image(guided: bool) -> None:
 
     torch.manual_seed(9)
     points = torch.rand(1, POINTS * T, 2)
-    features, tall_masks = tracker.mask_features[0], target.masks.flatten(1, 2)
+    assert refiner.mask_features is not None
+    features, tall_masks = refiner.mask_features[0], target.masks.flatten(1, 2)
     wanted = read(tall_masks.float(), points.expand(3, -1, -1))
     if guided:
-        sources = [(tracker.pred_logits[-1, 0].mean(dim=0), tracker.mask_embeds[-1, 0])]
+        sources = [(tracker.pred_logits[-1, 0].mean(dim=0), tracker.mask_embeds[-1, 0], tracker.mask_features[0])]
     else:
-        sources = [(refiner.pred_logits[i, 0], refiner.mask_embeds[i, 0]) for i in range(LAYERS)]
+        sources = [(refiner.pred_logits[i, 0], refiner.mask_embeds[i, 0], features) for i in range(LAYERS)]
     pairs = []
-    for logits, embeds in sources:
-        tall = torch.einsum("tqc,tchw->qthw", embeds, features).flatten(1, 2)
+    for logits, embeds, read_by in sources:
+        tall = torch.einsum("tqc,tchw->qthw", embeds, read_by).flatten(1, 2)
         x = read(tall, points.expand(Q, -1, -1))
         ((queries, instances),) = MATCHER(logits[None], x[None], target.labels, wanted)
         pairs.append((queries.tolist(), instances.tolist()))
@@ -366,6 +368,7 @@ def test_refiner_averages_videos_and_remembers_classes() -> None:
         one = RefinerOutput(
             refiner.pred_logits[:, b, None], refiner.mask_embeds[:, b, None], refiner.pred_embeds[b, None]
         )
+        one.mask_features = refiner.mask_features[b, None]  # type: ignore[index]
         parts.append(plain(one, video(tracker, segmenter, b)[0], [both[b]], guided=True))
     for name, loss in together.items():
         torch.testing.assert_close(loss, (parts[0][name] + parts[1][name]) / 2)

@@ -173,7 +173,7 @@ class RefinerCriterion(ClipCriterion):
         """Weighted losses of B videos, named as :meth:`TrackerCriterion.forward` names them.
 
         Args:
-            tracker: what the refiner worked on; its features carry the refiner's masks.
+            tracker: what the refiner worked on.
             guided: the tracker's masks, and its classes averaged over time, choose the queries.
         """
         targets = self._targets(targets)
@@ -189,12 +189,12 @@ class RefinerCriterion(ClipCriterion):
         self, refiner: RefinerOutput, tracker: TrackerOutput, b: int, target: ClipTargets, count: Tensor, guided: bool
     ) -> dict[str, Tensor]:
         logits, mask_embeds = refiner.pred_logits[:, b], refiner.mask_embeds[:, b]  # (L, Q, K+1), (L, T, Q, Cm)
-        features = tracker.mask_features[b]
+        features = (tracker.mask_features if refiner.mask_features is None else refiner.mask_features)[b]
+        guide = logits, mask_embeds, features
         if guided:
-            guide = tracker.pred_logits[-1:, b].float().mean(dim=1), tracker.mask_embeds[-1:, b]
-        else:
-            guide = logits, mask_embeds
-        pairs = match_stacked(*guide, features, target, matcher=self.matcher, num_points=self.num_points)
+            mean = tracker.pred_logits[-1:, b].float().mean(dim=1)
+            guide = mean, tracker.mask_embeds[-1:, b], tracker.mask_features[b]
+        pairs = match_stacked(*guide, target, matcher=self.matcher, num_points=self.num_points)
         pairs = pairs * (len(logits) // len(pairs))
         ce = self.class_losses(logits[:, None], [target.labels], [pairs])
         losses = self.weighted(ce, *self._stack_losses(mask_embeds, features, target, pairs, count))

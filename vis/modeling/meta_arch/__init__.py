@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from vis.modeling.meta_arch.ctvis import CTVIS
 from vis.modeling.meta_arch.dvis import DVISOffline, DVISOnline
 from vis.modeling.meta_arch.minvis import MinVIS
 
-__all__ = ["DVISOffline", "DVISOnline", "MinVIS"]
+__all__ = ["CTVIS", "DVISOffline", "DVISOnline", "MinVIS"]
