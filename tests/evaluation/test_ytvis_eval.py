@@ -15,8 +15,10 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from vis.engine.benchmarks.pairwise_evaluation import pairwise_evaluation
 from vis.evaluation import NoGroundTruth, ResultsError, evaluate_ytvis
 from vis.evaluation.ytvis_eval import AREA_RANGES, NAMES
+from vis.structures.rle import run_lengths
 
 A, B = (1, 1, 5, 5), (6, 6, 10, 12)  # two boxes that do not touch
 Make = Callable[..., Any]
@@ -125,6 +127,18 @@ def test_order_of_the_file_breaks_ties(make_gt: Make, make_results: Make) -> Non
     assert stats(gt, make_results([bad, good]))["AP"] == pytest.approx(0.5)
 
 
+def test_of_equally_good_objects_the_last_is_taken(make_gt: Make, make_results: Make) -> None:
+    left, right = (1, 1, 5, 5), (1, 5, 5, 9)
+    gt = make_gt([(7, 1, [left] * 4, 0), (7, 1, [right] * 4, 0)])
+    for entry in gt["annotations"]:
+        entry["id"] += 1
+    both = (7, 1, 0.9, [(1, 1, 5, 9)] * 4)
+    for second, recall in ((left, 0.55), (right, 0.5)):
+        results = make_results([both, (7, 1, 0.5, [second] * 4)])
+        assert stats(gt, results)["AR10"] == pytest.approx(recall)
+        assert pairwise_evaluation(gt, results)[0] == pytest.approx(evaluate_ytvis(gt, results).stats, rel=0, abs=1e-12)
+
+
 def random_rectangles(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     mask = np.zeros((height, width), np.uint8)
     for _ in range(rng.integers(1, 3)):
@@ -188,3 +202,100 @@ def coco_stats(images: Any, categories: Any, objects: Any, predictions: Any) -> 
     evaluation.accumulate()
     evaluation.summarize()
     return evaluation.stats
+
+
+def random_case(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A ground truth and results with everything that the format allows and that happens."""
+    rng = np.random.default_rng(seed)
+    height, width = (311, 297) if seed % 3 else (37, 41)  # with objects of all sizes, or quick
+    many = seed % 5 == 0  # over 100 predictions of a category in a video
+    categories = sorted(rng.choice(90, 5, replace=False).tolist(), reverse=bool(seed % 2))
+    videos = (rng.permutation(4) * 7 + 3).tolist()
+    lengths = {video: int(rng.integers(1, 5)) for video in videos}
+    pool: list[dict[str, Any]] = []
+    for _ in range(12):
+        mask = np.zeros((height, width), np.uint8)
+        for _ in range(rng.integers(0, 3)):  # with none it has no pixel
+            y, x = rng.integers(0, height), rng.integers(0, width)
+            mask[y : y + rng.integers(1, height), x : x + rng.integers(1, width)] = 1
+        pool.append(mask_utils.encode(np.asfortranarray(mask)))
+
+    def masks(length: int) -> list[Any]:
+        missing = rng.choice([0.0, 0.3, 1.0], p=[0.5, 0.4, 0.1])
+        first = rng.integers(len(pool))
+        chosen = [pool[first if rng.random() < 0.7 else rng.integers(len(pool))] for _ in range(length)]
+        return [None if rng.random() < missing else mask for mask in chosen]
+
+    def stored(mask: Any) -> Any:
+        kind = rng.integers(4) if mask else 0
+        if kind == 1:
+            return {"size": [height, width], "counts": run_lengths(mask).tolist()}
+        return {"size": [height, width], "counts": mask["counts"].decode()} if kind == 2 else mask
+
+    def polygon() -> list[list[float]]:
+        return [rng.uniform(0, 30, 6).tolist()]
+
+    annotations, results = [], []
+    for video in videos[1:]:  # one without objects
+        for _ in range(rng.integers(0, 9)):
+            tube = masks(lengths[video])
+            entry: dict[str, Any] = {
+                "id": len(annotations) + 1,
+                "video_id": video,
+                "category_id": int(rng.choice(categories[1:])),  # one without objects
+                "segmentations": [polygon() if mask and rng.random() < 0.05 else stored(mask) for mask in tube],
+            }
+            if rng.random() < 0.8:
+                entry["iscrowd"] = int(rng.random() < 0.2)
+            if rng.random() < 0.6:
+                areas = [None if mask is None else int(mask_utils.area(mask)) for mask in tube]
+                entry["areas"] = [None, areas, [(area or 0) * 1.7 for area in areas]][rng.integers(3)]
+            annotations.append(entry)
+    for video in videos[:-1]:  # one without predictions
+        for _ in range(240 if many else rng.integers(0, 25)):
+            near = [a for a in annotations if a["video_id"] == video]
+            copy = rng.choice(near) if near and rng.random() < 0.4 else None  # type: ignore[arg-type]
+            tube = masks(lengths[video])
+            if copy is not None:
+                tube = [
+                    old if isinstance(old, dict) and isinstance(old["counts"], bytes) and rng.random() < 0.8 else new
+                    for old, new in zip(copy["segmentations"], tube, strict=True)
+                ]
+            category = rng.choice(categories[:2] if many else categories)
+            score = rng.integers(0, 6) / 6 if seed % 2 else rng.random()
+            results.append(
+                {"video_id": video, "category_id": int(category if copy is None else copy["category_id"])}
+                | {"score": float(score), "segmentations": tube}
+            )
+    gt = {
+        "videos": [{"id": v, "height": height, "width": width, "length": lengths[v]} for v in videos],
+        "categories": [{"id": c, "name": f"class{c}"} for c in categories],
+        "annotations": annotations,
+    }
+    return gt, results
+
+
+@pytest.mark.parametrize("start", range(0, 60, 10))
+def test_random_cases_equal_the_step_by_step_evaluation(start: int) -> None:
+    """Crowds, ties, empty videos and categories, over 100 predictions, missing frames, masks of no pixel, areas that
+    are null or foreign, ids with gaps and in any order, RLE of every form, polygons."""
+    measured = 0
+    for seed in range(start, start + 10):
+        gt, results = random_case(seed)
+        if not gt["annotations"]:
+            continue
+        expected, per_class = pairwise_evaluation(gt, results)
+        found = evaluate_ytvis(gt, results)
+        np.testing.assert_allclose(found.stats, expected, rtol=0, atol=1e-12, err_msg=f"seed {seed}")
+        wanted = {f"class{category}": value for category, value in per_class.items()}
+        assert found.per_class == pytest.approx(wanted, rel=0, abs=1e-12), seed
+        assert list(found.per_class) == list(wanted)
+        measured += expected[0] > 0
+    assert measured >= 5
+
+
+@pytest.mark.parity
+def test_step_by_step_evaluation_is_the_official_one(shared_dir: Path) -> None:
+    folder = shared_dir / "parity" / "ytvis_eval"
+    gt, results, stats = (json.loads((folder / f"{name}.json").read_text()) for name in ("gt", "res", "stats"))
+    np.testing.assert_allclose(pairwise_evaluation(gt, results)[0], stats, rtol=0, atol=1e-12)
