@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import threading
 import weakref
@@ -18,6 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import Tensor
 
 from vis.config import CfgNode, get_cfg
+from vis.data import loaders
 from vis.data.frame_reader import LazyFrames, frame_source
 from vis.data.loaders import VideoLoader, build_test_loader, build_train_loader
 from vis.structures import ClipSample
@@ -182,12 +184,112 @@ def test_test_loader_gives_whole_videos(cfg: CfgNode) -> None:
     assert "instances" not in sample
 
 
-def test_longest_videos_first_and_shared_by_the_ranks(make_record: MakeRecord) -> None:
-    lengths = {1: 3, 2: 5, 3: 1, 4: 4, 5: 2}
-    records = [make_record(number, (8, 9), [], length=length) for number, length in lengths.items()]
-    ranks = [VideoLoader(records=records, min_size=0, max_size=99, rank=rank, world_size=2) for rank in range(2)]
-    assert [[item[0]["video_id"] for item in rank] for rank in ranks] == [[2, 1, 3], [4, 5]]
-    assert [len(rank) for rank in ranks] == [3, 2]
+LENGTHS = {1: 3, 2: 5, 3: 1, 4: 4, 5: 2}
+
+
+@pytest.fixture
+def videos(make_record: MakeRecord) -> list[dict[str, Any]]:
+    """Five videos of different length."""
+    return [make_record(number, (8, 9), [], length=length) for number, length in LENGTHS.items()]
+
+
+def ids(loader: VideoLoader) -> list[int | None]:
+    return [batch[0].get("video_id") for batch in loader]
+
+
+@pytest.mark.parametrize("read_ahead", [0, 3])
+def test_processes_take_the_longest_video_that_is_left(
+    videos: list[dict[str, Any]], read_ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = itertools.count()
+    monkeypatch.setattr(loaders, "shared_numbers", lambda: counter)
+    ranks = [iter(VideoLoader(records=videos, min_size=0, max_size=99, read_ahead=read_ahead)) for _ in range(2)]
+    taken: list[list[Any]] = [[], []]
+    for rank in (0, 1, 1, 0, 1, 0, 1):
+        for batch in islice(ranks[rank], 1):
+            taken[rank].append(batch[0]["video_id"])
+            assert len(list(batch[0]["image"])) == batch[0]["length"]
+    assert sorted(taken[0] + taken[1]) == [1, 2, 3, 4, 5]
+    assert taken[0][0] == 2
+    for each in taken:
+        assert [LENGTHS[number] for number in each] == sorted((LENGTHS[number] for number in each), reverse=True)
+
+
+def test_size_counts_beside_length(make_record: MakeRecord) -> None:
+    records = [make_record(1, (8, 9), [], length=4), make_record(2, (20, 30), [], length=3)]
+    assert ids(VideoLoader(records=records, min_size=0, max_size=99)) == [2, 1]
+
+
+def test_finished_videos_are_left_out(videos: list[dict[str, Any]], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="vis")
+    loader = VideoLoader(records=videos, min_size=0, max_size=99)
+    loader.leave_out({2, 5})
+    assert "continuing: 2 of 5 videos are finished" in caplog.text
+    assert len(loader) == 3
+    assert ids(loader) == [4, 1, 3]
+    assert loader.progress() == (3, 1.0)
+    loader.leave_out({1, 3, 4})
+    assert "all 3 videos are finished, nothing is computed again" in caplog.text
+    assert ids(loader) == []
+
+
+def test_progress_is_in_pixels(videos: list[dict[str, Any]]) -> None:
+    loader = VideoLoader(records=videos, min_size=0, max_size=99)
+    assert [loader.progress() for _ in loader] == [
+        (n, pytest.approx(w / 15)) for n, w in enumerate((5, 9, 12, 14, 15), 1)
+    ]
+
+
+def test_frames_of_the_next_video_are_read_while_the_model_works_on_this_one(videos: list[dict[str, Any]]) -> None:
+    """However a video is used, the next one has its own frames."""
+    for record in videos:
+        assert [int(frame[0, 0, 0]) for frame in LazyFrames(source=frame_source(record))] == list(
+            range(record["length"])
+        )
+    for read_ahead in (1, 3, 100):
+        loader = VideoLoader(records=videos, min_size=0, max_size=99, read_ahead=read_ahead, threads=2)
+        for place, batch in enumerate(loader):
+            frames = batch[0]["image"]
+            assert int(frames[-1][0, 0, 0]) == len(frames) - 1  # random access beside the iteration
+            if place == 0:
+                iterator = iter(frames)
+                assert [int(frame[0, 0, 0]) for frame in islice(iterator, 2)] == [0, 1]  # and no further
+            elif place != 1:  # the second is not looked at
+                for _ in range(2):
+                    assert [int(frame[0, 0, 0]) for frame in frames] == list(range(len(frames)))
+        assert not any(thread.name.startswith("vis-read-ahead") for thread in threading.enumerate())
+
+
+def test_what_waits_over_all_videos_is_bounded(videos: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = count_frames(monkeypatch)
+    for batch in VideoLoader(records=videos, min_size=0, max_size=99, read_ahead=4, threads=3):
+        assert sum(1 for _ in batch[0]["image"]) == batch[0]["length"]
+    assert 3 <= alive.most <= 4 + 2
+    gc.collect()
+    assert not alive.frames
+
+
+def test_error_of_the_next_video_waits_for_its_turn(videos: list[dict[str, Any]]) -> None:
+    Path(videos[3]["file_names"][1]).write_bytes(b"no picture")
+    loader = VideoLoader(records=videos, min_size=0, max_size=99, read_ahead=100)
+    batches = iter(loader)
+    assert [int(frame[0, 0, 0]) for frame in next(batches)[0]["image"]] == [0, 1, 2, 3, 4]
+    damaged = next(batches)[0]["image"]
+    with pytest.raises(ValueError, match="Cannot decode frame 1 of video 4"):
+        list(damaged)
+    assert ids(loader) == [2, 4, 1, 5, 3], "a damaged frame that nobody asks for is nobody's error"
+
+
+def test_depth_below_zero(videos: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match="TEST.PREFETCH_FRAMES is -1"):
+        VideoLoader(records=videos, min_size=0, max_size=99, read_ahead=-1)
+
+
+def test_keys_reach_the_loader(cfg: CfgNode) -> None:
+    cfg.TEST.PREFETCH_FRAMES = 7
+    cfg.DATALOADER.NUM_WORKERS = 3
+    loader = build_test_loader(cfg, "toy_train")
+    assert (loader.read_ahead, loader.threads) == (7, 3)
 
 
 @pytest.fixture
@@ -206,35 +308,45 @@ def test_lazy_frames_are_a_sequence(long_video: dict[str, Any]) -> None:
         frames[30]
 
 
+class Alive:
+    """Frames that exist, and the most there ever were."""
+
+    def __init__(self) -> None:
+        self.frames: weakref.WeakSet[Tensor] = weakref.WeakSet()
+        self.most = 0
+
+
+def count_frames(monkeypatch: pytest.MonkeyPatch) -> Alive:
+    alive = Alive()
+    decode = LazyFrames.read
+
+    def counted(self: LazyFrames, position: int) -> Tensor:
+        frame = decode(self, position)
+        alive.frames.add(frame)
+        alive.most = max(alive.most, len(alive.frames))
+        return frame
+
+    monkeypatch.setattr(LazyFrames, "read", counted)
+    return alive
+
+
 @pytest.mark.parametrize("read_ahead", [0, 1, 3])
 def test_lazy_frames_never_hold_more_than_a_few(
     long_video: dict[str, Any], read_ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
-    most = 0
+    alive = count_frames(monkeypatch)
     frames = LazyFrames(source=frame_source(long_video), read_ahead=read_ahead)
-    decode = LazyFrames.__getitem__
-
-    def counted(self: LazyFrames, index: Any) -> Any:
-        nonlocal most
-        frame = decode(self, index)
-        alive.add(frame)
-        most = max(most, len(alive))
-        return frame
-
-    monkeypatch.setattr(LazyFrames, "__getitem__", counted)
-    seen = [int(frame[0, 0, 0]) for frame in frames]
-    assert seen == list(range(30))
-    assert most <= read_ahead + 2  # waiting, in the model's hands, and the one being taken over
+    assert [int(frame[0, 0, 0]) for frame in frames] == list(range(30))
+    assert alive.most <= read_ahead + 2  # waiting, in the model's hands, and the one being taken over
     gc.collect()
-    assert len(alive) == 0
+    assert not alive.frames
 
 
 def test_lazy_frames_read_ahead_stops_with_the_reader(long_video: dict[str, Any]) -> None:
     iterator = iter(LazyFrames(source=frame_source(long_video), read_ahead=2))
     assert int(next(iterator)[0, 0, 0]) == 0
     iterator.close()  # type: ignore[attr-defined]
-    assert not any(thread.name == "vis-read-ahead" for thread in threading.enumerate())
+    assert not any(thread.name.startswith("vis-read-ahead") for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("read_ahead", [0, 2])

@@ -15,7 +15,14 @@ from detectron2.evaluation import DatasetEvaluators
 from torch import nn
 
 from vis.config import get_cfg
-from vis.evaluation import ResultsWriteError, VideoEvaluator, VideoInferenceError, build_evaluator, inference_on_dataset
+from vis.evaluation import (
+    ResultsWriteError,
+    VideoEvaluator,
+    VideoInferenceError,
+    build_evaluator,
+    inference_on_dataset,
+    iter_parts,
+)
 from vis.evaluation import video_evaluator as module
 from vis.structures import VideoPrediction
 
@@ -102,7 +109,6 @@ def test_line_instead_of_ap_without_annotations(
     lines = [r.getMessage() for r in caplog.records if "no AP" in r.getMessage()]
     assert len(lines) == 1
     assert str(tmp_path / "out" / "results.json") in lines[0]
-    assert "submit" in lines[0]
     assert "nan" not in caplog.text
 
 
@@ -161,22 +167,27 @@ def test_ground_truth_that_went_away_leaves_the_results(dataset: Path, predict: 
 
 
 class Ranks:
-    """Stands for detectron2's comm in one of two processes."""
+    """Stands for detectron2's comm in one of two processes that are run one after the other."""
 
     def __init__(self) -> None:
         self.rank = 0
+        self.said: dict[str, list[Any]] = {}
 
     def get_rank(self) -> int:
         return self.rank
 
-    def get_world_size(self) -> int:
-        return 2
-
     def is_main_process(self) -> bool:
         return self.rank == 0
 
-    def synchronize(self) -> None:
-        pass
+    def all_gather(self, value: Any) -> list[Any]:
+        return self._add("all", value)
+
+    def gather(self, value: Any) -> list[Any]:
+        return self._add("one", value)
+
+    def _add(self, kind: str, value: Any) -> list[Any]:
+        self.said[kind] = [*self.said.get(kind, []), value]
+        return self.said[kind]
 
 
 def test_processes_meet_on_disk(dataset: Path, predict: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,16 +195,26 @@ def test_processes_meet_on_disk(dataset: Path, predict: Make, tmp_path: Path, mo
     monkeypatch.setattr(module, "comm", comm)
     evaluators = [VideoEvaluator(NAME, tmp_path / "out") for _ in range(2)]
     (tmp_path / "out" / "parts").mkdir(parents=True)
-    (tmp_path / "out" / "parts" / "rank3.jsonl").write_text("of an earlier run with more processes\n")
-    evaluators[0].reset()
-    with pytest.raises(FileNotFoundError, match=r"processes \[1\].*all machines share"):
-        evaluators[0].evaluate()
+    (tmp_path / "out" / "parts" / "video_3.jsonl").write_text("of an earlier run\n")
     for comm.rank, (video, track) in enumerate([(7, (2, 0.75, [A] * 4)), (9, (1, 0.5, [B] * 4))]):
         evaluators[comm.rank].reset()
         evaluators[comm.rank].process([sample(video)], [predict(video, [track])])
     assert evaluators[1].evaluate() == {}
     comm.rank = 0
     assert evaluators[0].evaluate()["segm"]["AP"] == pytest.approx(100)
+    (tmp_path / "out" / "parts" / "video_9.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 videos that were computed \(ids \[9\]\).*all machines share"):
+        evaluators[0].evaluate()
+
+
+def test_folder_that_is_not_shared(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comm = Ranks()
+    monkeypatch.setattr(module, "comm", comm)
+    monkeypatch.setattr(module, "_SHARED_FOLDER_S", 0)
+    VideoEvaluator(NAME, tmp_path / "of machine 0").reset()
+    comm.rank = 1
+    with pytest.raises(FileNotFoundError, match="process 1 sees: OUTPUT_DIR must be a folder that all machines share"):
+        VideoEvaluator(NAME, tmp_path / "of machine 1").reset()
 
 
 class Model(nn.Module):
@@ -240,10 +261,16 @@ def test_failing_video_is_named_and_the_others_are_kept(dataset: Path, predict: 
         VideoInferenceError, match=r"video 9 \(4 frames, frames in /data/clip9\): ValueError: the fr"
     ) as e:
         inference_on_dataset(model, [[sample(7)], [sample(9)]], VideoEvaluator(NAME, tmp_path))
-    assert e.match(f"Results of the 1 videos before it are kept in {tmp_path}")
+    assert e.match(f"videos finished so far are kept in {tmp_path}; evaluating again continues")
     assert isinstance(e.value.__cause__, ValueError)
+    assert isinstance(e.value, ValueError), "something that a user can put right"
     assert model.training
-    assert json.loads((tmp_path / "parts" / "rank0.jsonl").read_text())["video_id"] == 7
+    assert [video for video, _ in iter_parts(tmp_path)] == [7]
+    with pytest.raises(VideoInferenceError) as error:
+        inference_on_dataset(
+            Model(predict, fail=RuntimeError("a kernel")), [[sample(9)]], VideoEvaluator(NAME, tmp_path)
+        )
+    assert not isinstance(error.value, ValueError)
 
 
 def test_write_error_is_not_blamed_on_the_video(dataset: Path, predict: Make, tmp_path: Path) -> None:

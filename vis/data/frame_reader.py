@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import struct
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,7 +15,9 @@ from detectron2.data.transforms import ResizeTransform
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["FrameSource", "LazyFrames", "frame_source", "read_frame"]
+from vis.data.read_ahead import ReadAhead
+
+__all__ = ["AheadFrames", "FrameSource", "LazyFrames", "frame_source", "read_frame"]
 
 # What Pillow raises for a file that is no picture, is cut off or is damaged; which one depends on the format.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -116,8 +117,8 @@ class LazyFrames(Sequence[Tensor]):
     """The frames of a video, decoded and resized when they are asked for.
 
     Iterating reads ahead in a background thread, at most ``read_ahead`` frames, so that decoding overlaps the model;
-    an error of the thread is raised where the frame would have come. ``frames[i]`` decodes on the spot, a slice is lazy
-    again.
+    an error of the thread is raised where the frame would have come, and names it. ``frames[i]`` decodes on the spot, a
+    slice is lazy again.
 
     Args:
         source: the frames.
@@ -155,7 +156,11 @@ class LazyFrames(Sequence[Tensor]):
             return LazyFrames(
                 source=self.source, size=self.size, read_ahead=self.read_ahead, indices=self.indices[index]
             )
-        frame = self.source.read(self.indices[index])
+        return self.read(index)
+
+    def read(self, position: int) -> Tensor:
+        """Frame ``position``, decoded and resized here and now."""
+        frame = self.source.read(self.indices[position])
         if self._resize is not None:
             frame = self._resize.apply_image(frame)
         return torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))
@@ -165,34 +170,43 @@ class LazyFrames(Sequence[Tensor]):
             return (self[position] for position in range(len(self)))
         return self._iterate_ahead()
 
+    def calls(self) -> Iterator[Callable[[], Tensor]]:
+        """Functions that decode one frame each, in order."""
+        return (partial(self.read, position) for position in range(len(self)))
+
     def _iterate_ahead(self) -> Iterator[Tensor]:
-        # One permit per frame that may be decoded before it is asked for: the thread takes one before it decodes.
-        permits = threading.Semaphore(self.read_ahead)
-        ready: queue.SimpleQueue[Tensor | BaseException] = queue.SimpleQueue()
-        stop = threading.Event()
-
-        def decode() -> None:
-            for position in range(len(self)):
-                permits.acquire()
-                if stop.is_set():
-                    return
-                try:
-                    ready.put(self[position])
-                except BaseException as error:  # noqa: BLE001  (handed over, and raised in the caller's thread)
-                    ready.put(error)
-                    return
-
-        thread = threading.Thread(target=decode, name="vis-read-ahead", daemon=True)
-        thread.start()
-        try:
+        with ReadAhead(self.calls(), depth=self.read_ahead) as reader:
             for _ in range(len(self)):
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                permits.release()
-                yield item
-                del item  # or a frame would live on while the next one is waited for
-        finally:
-            stop.set()
-            permits.release()
-            thread.join()
+                yield reader.take()
+
+
+class AheadFrames(LazyFrames):
+    """The frames of one of several videos that are read ahead together, over the ends of videos.
+
+    The first iteration takes the frames from ``reader``; anything else decodes for itself.
+    """
+
+    reader: ReadAhead[Tensor]
+    _begun, _left = True, 0  # its turn has not come
+
+    def begin(self, reader: ReadAhead[Tensor]) -> None:
+        """The next ``len(self)`` results of ``reader`` are the frames of this video."""
+        self.reader, self._begun, self._left = reader, False, len(self)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self._begun:
+            return super().__iter__()
+        self._begun = True
+        return self._take()
+
+    def _take(self) -> Iterator[Tensor]:
+        while self._left:
+            self._left -= 1
+            yield self.reader.take()
+
+    def end(self) -> None:
+        """The next video's turn: frames that were not asked for are passed over."""
+        self._begun = True
+        while self._left:
+            self._left -= 1
+            self.reader.skip()

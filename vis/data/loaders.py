@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.common import DatasetFromList
 from detectron2.utils import comm
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vis.config import CfgNode, declare
 from vis.data.categories import class_names
 from vis.data.custom import register_custom
-from vis.data.frame_reader import LazyFrames, frame_source
+from vis.data.frame_reader import AheadFrames, LazyFrames, frame_source
 from vis.data.image_mapper import build_mapper
 from vis.data.mapper import ClipMapper
+from vis.data.read_ahead import ReadAhead
 from vis.data.registration import VideoDataset, get_dataset, registered
-from vis.data.samplers import ClipBatchSampler, SampleIndex, pools_of, sample_generator
+from vis.data.samplers import ClipBatchSampler, SampleIndex, pools_of, sample_generator, shared_numbers
 from vis.data.transforms import shortest_edge_size
 from vis.structures import ClipSample
 
@@ -36,6 +40,9 @@ def add_config(cfg: CfgNode) -> None:
     """Keys of the loaders."""
     # Odds of the training data sets; empty: in proportion to their sizes.
     cfg.DATASETS.DATASET_RATIO = []
+    # Frames that may wait decoded while the model works on a test video, by DATALOADER.NUM_WORKERS threads (at least
+    # one); a window of the model's keeps it busy. 0 decodes only when a frame is asked for.
+    cfg.TEST.PREFETCH_FRAMES = 10
 
 
 class ClipDataset(Dataset):
@@ -240,41 +247,102 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> Iterator[list[Cl
 
 
 class VideoLoader:
-    """One video per item, as a list of one :class:`ClipSample` whose ``image`` is :class:`LazyFrames`.
+    """One video per item, as a list of one :class:`ClipSample` whose ``image`` is :class:`AheadFrames`.
 
-    Videos are given to the processes in turn, longest first, so that the last ones to end are short.
+    The processes of a job share the videos: each takes the next one when it is done with one, the most work first, so
+    that the last ones to end are short.
 
     Args:
         records: all videos.
         min_size, max_size: INPUT.MIN_SIZE_TEST (0 keeps the size) and INPUT.MAX_SIZE_TEST.
+        read_ahead: frames that may wait decoded while the model works, of this video and then of the next one; 0
+            decodes in the caller's thread.
+        threads: threads that decode.
     """
 
     def __init__(
-        self, *, records: Sequence[Record], min_size: int, max_size: int, rank: int = 0, world_size: int = 1
+        self, *, records: Sequence[Record], min_size: int, max_size: int, read_ahead: int = 2, threads: int = 1
     ) -> None:
-        ordered = sorted(records, key=lambda record: -record["length"])
-        self.records = ordered[rank::world_size]
+        if read_ahead < 0:
+            raise ValueError(f"TEST.PREFETCH_FRAMES is {read_ahead}, expected 0 (none) or more frames.")
         self.min_size = min_size
         self.max_size = max_size
+        self.read_ahead = read_ahead
+        self.threads = max(threads, 1)
+        self.records = sorted(records, key=lambda record: -self._work(record))
+        self._begun = 0
+
+    def _size(self, record: Record) -> tuple[int, int]:
+        return shortest_edge_size(record["height"], record["width"], self.min_size, self.max_size)
+
+    def _work(self, record: Record) -> int:
+        """Pixels that go through the model, and those of the masks that come out."""
+        height, width = self._size(record)
+        return record["length"] * (height * width + record["height"] * record["width"])
 
     def __len__(self) -> int:
+        """Videos of all processes."""
         return len(self.records)
 
+    def leave_out(self, video_ids: Collection[int]) -> None:
+        """Videos that need not be computed; the same in every process, before the iteration."""
+        left = [record for record in self.records if record["video_id"] not in video_ids]
+        done, total = len(self.records) - len(left), len(self.records)
+        if done == total:
+            logger.info("continuing: all %d videos are finished, nothing is computed again", total)
+        elif done:
+            logger.info("continuing: %d of %d videos are finished", done, total)
+        self.records = left
+
+    def progress(self) -> tuple[int, float]:
+        """Videos that the processes have begun, as far as this one knows, and their share of all work, 0 to 1."""
+        work = [self._work(record) for record in self.records]
+        return self._begun, sum(work[: self._begun]) / max(sum(work), 1)
+
     def __iter__(self) -> Iterator[list[ClipSample]]:
-        for record in self.records:
-            height, width = record["height"], record["width"]
-            size = shortest_edge_size(height, width, self.min_size, self.max_size)
-            yield [
-                ClipSample(
-                    image=LazyFrames(source=frame_source(record), size=size),
-                    height=height,
-                    width=width,
-                    video_id=record["video_id"],
-                    frame_ids=list(range(record["length"])),
-                    length=record["length"],
-                    file_names=list(record["file_names"]),
-                )
-            ]
+        self._begun = 0
+        numbers = itertools.takewhile(lambda number: number < len(self.records), shared_numbers())
+        yield from self._iterate_ahead(numbers) if self.read_ahead else self._iterate_plainly(numbers)
+        self._begun = len(self.records)  # this process gets no more: the others have begun the rest
+
+    def _iterate_plainly(self, numbers: Iterator[int]) -> Iterator[list[ClipSample]]:
+        for number in numbers:
+            yield [self._sample(number, LazyFrames(**self._frames(number), read_ahead=0))]
+
+    def _iterate_ahead(self, numbers: Iterator[int]) -> Iterator[list[ClipSample]]:
+        videos: deque[tuple[int, AheadFrames]] = deque()  # whose first frames are read, but which were not given yet
+
+        def calls() -> Iterator[Callable[[], Tensor]]:
+            for number in numbers:
+                frames = AheadFrames(**self._frames(number))
+                videos.append((number, frames))
+                yield from frames.calls()
+
+        with ReadAhead(calls(), depth=self.read_ahead, threads=self.threads) as reader:
+            reader.fill()
+            while videos:
+                number, frames = videos.popleft()
+                frames.begin(reader)
+                yield [self._sample(number, frames)]
+                frames.end()
+                reader.fill()
+
+    def _frames(self, number: int) -> dict[str, Any]:
+        record = self.records[number]
+        return {"source": frame_source(record), "size": self._size(record)}
+
+    def _sample(self, number: int, frames: LazyFrames) -> ClipSample:
+        self._begun = number + 1
+        record = self.records[number]
+        return ClipSample(
+            image=frames,
+            height=record["height"],
+            width=record["width"],
+            video_id=record["video_id"],
+            frame_ids=list(range(record["length"])),
+            length=record["length"],
+            file_names=list(record["file_names"]),
+        )
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> VideoLoader:
@@ -289,6 +357,6 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> VideoLoader:
         records=_records(dataset_name),
         min_size=cfg.INPUT.MIN_SIZE_TEST,
         max_size=cfg.INPUT.MAX_SIZE_TEST,
-        rank=comm.get_rank(),
-        world_size=comm.get_world_size(),
+        read_ahead=cfg.TEST.PREFETCH_FRAMES,
+        threads=cfg.DATALOADER.NUM_WORKERS,
     )

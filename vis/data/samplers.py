@@ -1,4 +1,4 @@
-"""Which samples make up a training batch: a pure function of (seed, world size, rank, iteration).
+"""Which samples make up a training batch: a pure function of (seed, world size, rank, iteration); who tests what.
 
 Records are sorted into pools, one per data set and orientation. Every iteration each rank draws a pool and takes the
 next records of the pool's endless shuffled stream, so a rank's batch comes from one data set and has one orientation,
@@ -9,13 +9,15 @@ which takes numpy milliseconds.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from detectron2.utils import comm
 
-__all__ = ["ClipBatchSampler", "Pool", "SampleIndex", "pools_of", "sample_generator"]
+__all__ = ["ClipBatchSampler", "Pool", "SampleIndex", "pools_of", "sample_generator", "shared_numbers"]
 
 # Independent streams of random numbers of one seed.
 _POOL_STREAM, _ORDER_STREAM, _SAMPLE_STREAM = 1, 2, 3
@@ -153,3 +155,26 @@ class ClipBatchSampler:
             record = int(orders[pool][1][offset])
             result.append(SampleIndex(self.pools[pool].dataset, record, counter + item))
         return result
+
+
+_rounds = itertools.count()
+
+
+def shared_numbers() -> Iterator[int]:
+    """0, 1, 2, ...: every number goes to one process of the job, to the one that asks for it first.
+
+    How long a video takes is known only when it is done (tracks, outlines, a slower GPU), so dealing out videos before
+    the start leaves processes waiting for the last one. A counter in the store through which the processes found each
+    other needs no file of claims: nothing has to be cleaned up after a process that died with a claim, since the job
+    and its counter end with it, and the next job, of any number of processes, counts over the videos that are left.
+
+    Every process must call this equally often: the n-th calls belong together.
+    """
+    turn = next(_rounds)
+    if comm.get_world_size() == 1:
+        return itertools.count()
+    from torch.distributed import PrefixStore, distributed_c10d  # not in every build of torch
+
+    # torch has no public way to the store of a group that it made itself; another one would need an address of its own.
+    store = PrefixStore(f"vis_shared_numbers_{turn}", distributed_c10d._get_default_store())
+    return (store.add("drawn", 1) - 1 for _ in itertools.repeat(None))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vis.evaluation.inference import VideoInferenceError, inference_on_dataset
+from vis.evaluation.inference import VideoInferenceError, VideoInputError, inference_on_dataset
 from vis.evaluation.results_writer import PartWriter, ResultsWriteError, compose_results, iter_parts, write_json
 from vis.evaluation.video_evaluator import VideoEvaluator, build_evaluator
 from vis.evaluation.ytvis_eval import YTVISResult, evaluate_ytvis
@@ -16,6 +16,7 @@ __all__ = [
     "ResultsWriteError",
     "VideoEvaluator",
     "VideoInferenceError",
+    "VideoInputError",
     "YTVISResult",
     "build_evaluator",
     "compose_results",

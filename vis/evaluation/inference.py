@@ -6,10 +6,10 @@ import datetime
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from detectron2.evaluation import DatasetEvaluator
@@ -25,6 +25,10 @@ class VideoInferenceError(RuntimeError):
     """The inference of one video failed; the message names the video, ``__cause__`` is the error itself."""
 
 
+class VideoInputError(VideoInferenceError, ValueError):
+    """It failed by something that a user can put right, a damaged frame say."""
+
+
 def inference_on_dataset(
     model: nn.Module,
     loader: Iterable[Sequence[ClipSample]],
@@ -38,29 +42,55 @@ def inference_on_dataset(
         model: maps a list of ClipSample to a list of VideoPrediction in eval mode. Each of its modules gets its
             training mode back at the end, also after an error.
         loader: batches of videos, this process' share of the data set.
-        evaluator: gets ``reset``, ``process`` after each batch and ``evaluate`` at the end.
+        evaluator: gets ``reset``, ``process`` after each batch and ``evaluate`` at the end. Videos that it has in
+            ``finished`` after ``reset`` are left out.
         log_period_s: least time between two progress lines, in seconds.
 
     Returns:
         What ``evaluator.evaluate`` returns, ``{}`` where it returns nothing.
 
     Raises:
-        VideoInferenceError: a video failed; the results of the videos before it stay on disk.
+        VideoInferenceError: a video failed; the results of the videos before it stay on disk. It is a ValueError too
+            (``VideoInputError``) where its cause is a ValueError or an OSError.
         ResultsWriteError: results cannot be written.
     """
     evaluator.reset()
-    progress = _Progress(len(loader) if isinstance(loader, Sized) else None, log_period_s)
-    with _eval_mode(model), torch.inference_mode():
-        for inputs in loader:
+    _leave_out(loader, getattr(evaluator, "finished", frozenset()))
+    progress = _Progress(loader, log_period_s)
+    with _eval_mode(model), torch.inference_mode(), _iterator(loader) as batches:
+        for inputs in batches:
             try:
                 evaluator.process(inputs, model(inputs))
             except ResultsWriteError:  # its message says what is kept
                 raise
             except Exception as error:
-                raise VideoInferenceError(_describe_failure(inputs, error, progress.videos, evaluator)) from error
+                kind = VideoInputError if isinstance(error, (ValueError, OSError)) else VideoInferenceError
+                raise kind(_describe_failure(inputs, error, evaluator)) from error
             progress.update(inputs)
     progress.finish()
     return evaluator.evaluate() or {}
+
+
+def _leave_out(loader: Any, finished: Collection[int]) -> None:
+    if not finished:
+        return
+    if not hasattr(loader, "leave_out"):
+        raise TypeError(
+            f"{len(finished)} videos are finished, but a {type(loader).__name__} has no leave_out(video_ids): use the "
+            "loader of build_test_loader, or an evaluator that starts anew"
+        )
+    loader.leave_out(finished)
+
+
+@contextmanager
+def _iterator(loader: Iterable[Sequence[ClipSample]]) -> Iterator[Iterator[Sequence[ClipSample]]]:
+    """Iterates, and ends the loader's threads at once where the loop is left by an error."""
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
 
 
 @contextmanager
@@ -75,11 +105,11 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _describe_failure(inputs: Sequence[ClipSample], error: Exception, done: int, evaluator: DatasetEvaluator) -> str:
+def _describe_failure(inputs: Sequence[ClipSample], error: Exception, evaluator: DatasetEvaluator) -> str:
     names = ", ".join(_name(sample) for sample in inputs)
     folder = getattr(evaluator, "output_dir", None)
-    kept = f" Results of the {done} videos before it are kept in {folder}." if folder and done else ""
-    return f"inference failed on {names}: {type(error).__name__}: {error}.{kept}"
+    kept = f" The videos finished so far are kept in {folder}; evaluating again continues after them." if folder else ""
+    return f"inference failed on {names}: {type(error).__name__}: {str(error).rstrip('.')}.{kept}"
 
 
 def _name(sample: Mapping[str, Any]) -> str:
@@ -88,13 +118,21 @@ def _name(sample: Mapping[str, Any]) -> str:
     return f"video {sample.get('video_id')} ({sample.get('length')} frames{where})"
 
 
+@runtime_checkable
+class _SharedLoader(Protocol):
+    """A loader whose videos several processes share, see ``vis.data.loaders.VideoLoader``."""
+
+    def progress(self) -> tuple[int, float]: ...
+
+
 class _Progress:
     """Counts videos and frames and logs a line at most once per period."""
 
-    def __init__(self, total: int | None, period_s: float) -> None:
+    def __init__(self, loader: Iterable[Any], period_s: float) -> None:
         self.videos = 0
         self.frames = 0
-        self._total = total
+        self._loader = loader
+        self._total = len(loader) if isinstance(loader, Sized) else None
         self._period_s = period_s
         self._start = self._last = time.perf_counter()
         self._batches = 0
@@ -115,13 +153,22 @@ class _Progress:
 
     def _line(self, now: float, *, eta: bool = True) -> str:
         elapsed = max(now - self._start, 1e-9)
-        # a loader counts batches; a test loader has one video in each
-        total = f"/{self._total * self.videos // self._batches}" if self._total and self._batches else ""
-        parts = [f"{self.videos}{total} videos", f"{self.frames} frames", f"{self.frames / elapsed:.2f} frames/s"]
-        if eta and self._total and self._batches:
-            rest = max(self._total - self._batches, 0) * elapsed / self._batches
-            parts.append(f"eta {datetime.timedelta(seconds=int(rest))}")
+        counts, share = self._done()
+        parts = [counts, f"{self.frames} frames", f"{self.frames / elapsed:.2f} frames/s"]
+        if eta and share:
+            parts.append(f"eta {datetime.timedelta(seconds=int(elapsed * (1 - share) / share))}")
         return ", ".join([*parts, *_memory()])
+
+    def _done(self) -> tuple[str, float]:
+        """Videos in words, and the share of the work that is done, 0 where it is not known."""
+        if isinstance(self._loader, _SharedLoader):
+            videos, share = self._loader.progress()
+            here = f", {self.videos} of them here" if videos != self.videos else ""
+            return f"{videos}/{self._total} videos{here}", share
+        if not self._total or not self._batches:
+            return f"{self.videos} videos", 0.0
+        # a loader counts batches; of one batch or of all, the number of videos in it is that of the ones so far
+        return f"{self.videos}/{self._total * self.videos // self._batches} videos", self._batches / self._total
 
 
 def _memory() -> list[str]:
