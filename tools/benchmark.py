@@ -3,6 +3,7 @@
 
     python tools/benchmark.py memory                 # peak memory of inference at 30 and at 300 frames
     python tools/benchmark.py inference --json out.json
+    python tools/benchmark.py inference --against-plain   # and beside it the released architecture in plain PyTorch
     python tools/benchmark.py train                  # a training step
     python tools/benchmark.py op                     # deformable attention alone, its backends side by side on a CPU
     python tools/benchmark.py op-device              # the same on a GPU: device times, against what it must move
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from vis.engine.benchmarks import Settings, data, inference, linear, memory, op, op_device, train
+from vis.engine.benchmarks import Settings, data, inference, linear, memory, op, op_device, plain, train
 from vis.engine.benchmarks.common import device_name, environment
 
 Benchmark = tuple[Callable[[Settings], dict[str, Any]], Callable[[dict[str, Any]], list[str]], dict[str, Any]]
@@ -58,6 +59,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
     parser.add_argument("--config-file", metavar="C", help="model (default configs/minvis/ytvis19_r50.yaml)")
+    parser.add_argument("--against-plain", action="store_true", help="inference: beside plain PyTorch, in turn")
     parser.add_argument("--weights", metavar="FILE", help="a checkpoint for the model")
     parser.add_argument("--manifest", metavar="M.json.gz", help="fill the weights by a parity manifest's formula")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default cpu (op-device: cuda)")
@@ -76,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, print, write."""
     parser, args = parse(argv)
     measure, lines, defaults = BENCHMARKS[args.benchmark]
+    if args.against_plain:
+        if args.benchmark != "inference":
+            parser.error(f"--against-plain belongs to inference, not to {args.benchmark}")
+        measure, lines = plain.measure_against_plain, plain.lines
     given = {
         key: value for key, value in vars(args).items() if value is not None and key in Settings.__dataclass_fields__
     }

@@ -165,6 +165,13 @@ def test_a_wrong_configuration_ends_with_a_message(tool: ModuleType, capsys: pyt
     assert "nowhere.yaml" in capsys.readouterr().err
 
 
+def test_only_inference_has_a_plain_counterpart(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        tool.main(["train", "--against-plain"])
+    assert stop.value.code == 2
+    assert "belongs to inference, not to train" in capsys.readouterr().err
+
+
 def test_frames_are_lazy_repeatable_and_moving() -> None:
     frames = MovingFrames(length=5, size=(24, 40))
     assert len(frames) == 5

@@ -14,7 +14,7 @@ from vis.structures import VideoPrediction
 from vis.structures.rle import decode, encode_masks
 
 #: Modules whose time is told apart, where a model has them.
-_NETWORK, _TRACKER = ("backbone", "sem_seg_head"), ("tracker",)
+NETWORK, _TRACKER = ("backbone", "sem_seg_head"), ("tracker",)
 
 
 class ModuleClock:
@@ -48,7 +48,7 @@ def measure_inference(settings: Settings) -> dict[str, Any]:
     frames = settings.frames[0]
     sample = video(settings, frames)
     clocks = {
-        "network": ModuleClock(model, _NETWORK, settings.device),
+        "network": ModuleClock(model, NETWORK, settings.device),
         "tracker": ModuleClock(model, _TRACKER, settings.device),
     }
     parts: dict[str, list[float]] = {name: [] for name in clocks}

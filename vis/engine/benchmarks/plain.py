@@ -1,0 +1,196 @@
+"""Our model beside the released architecture in plain PyTorch: the same weights, the same frames, in the same run.
+
+:func:`plain` turns a model into what the released code computes without its own kernels, and back:
+
+* deformable attention by ``grid_sample``, level by level (in the pixel decoder and in the ViT adapter);
+* the masks of masked attention from predictions at full size (a quarter of the frame), after every layer and once
+  before, resized to the memory level and repeated for every head;
+* attention as ``softmax(QK^T / sqrt(d)) V`` with the matrix in memory, in the decoder, in trackers and in the ViT;
+* linear layers and 1x1 convolutions of torch, frames in torch's usual layout instead of channels last.
+
+The rest (backbone, tracking, encoding of masks, windows) is the same code on both sides, so ratios of the whole are
+those of a released system with our post-processing. Swin's attention is plain on both sides: it is detectron2's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from vis.engine.benchmarks.common import Settings, build, spread, summary, synchronize, video
+from vis.engine.benchmarks.inference import NETWORK, ModuleClock
+from vis.layers.attention import MultiheadAttention
+from vis.layers.linear import Linear, PointwiseConv2d
+from vis.layers.ms_deform_attn import op, reference
+from vis.modeling.segmenter import FrameNormalizer
+from vis.modeling.transformer_decoders.masked import DecoderOutput, MultiScaleMaskedTransformerDecoder
+
+
+class PlainAttention(MultiheadAttention):
+    """Scores of all heads as one matrix in memory, masked, softmax, product."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """As in the base class; ``allowed`` may also have one mask for each head, (B, M, Lq, Lk)."""
+        projections = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        q, k, v = (
+            F.linear(x, *projection).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x, projection in zip((query, key, value), projections, strict=True)
+        )
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, M, Lq, Lk)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        return self.out_proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
+
+
+class PlainDecoder(MultiScaleMaskedTransformerDecoder):
+    """Predicts classes and full-size masks before the first and after every layer."""
+
+    def forward(self, memory: Sequence[Tensor], mask_features: Tensor) -> DecoderOutput:
+        """As in the base class, without auxiliary outputs."""
+        levels, positions = self._prepare(memory)
+        sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in memory]
+        query_pos = self.query_embed.weight
+        x = self.query_feat.weight.expand(mask_features.shape[0], -1, -1)
+        output, allowed = self._predict(x, mask_features, sizes[0])
+        layers = (
+            self.transformer_cross_attention_layers,
+            self.transformer_self_attention_layers,
+            self.transformer_ffn_layers,
+        )
+        for i, (look, exchange, feed_forward) in enumerate(zip(*layers, strict=True)):
+            level, following = i % self.num_levels, sizes[(i + 1) % self.num_levels]
+            x = look(x, levels[level], query_pos=query_pos, memory_pos=positions[level], allowed=allowed)
+            x = feed_forward(exchange(x, query_pos))
+            output, allowed = self._predict(x, mask_features, following)
+        return output
+
+    def _predict(self, x: Tensor, features: Tensor, size: tuple[int, int]) -> tuple[DecoderOutput, Tensor]:
+        """Predictions of the queries, and where they may look at a level of ``size``: (N, M, Q, h*w)."""
+        normed = self.decoder_norm(x)
+        embeds = self.mask_embed(normed)
+        masks = torch.einsum("nqc,nchw->nqhw", embeds, features)
+        resized = F.interpolate(masks, size=size, mode="bilinear", align_corners=False).flatten(2)
+        forbidden = (resized.sigmoid() < 0.5)[:, None].repeat(1, self.num_heads, 1, 1)
+        forbidden[forbidden.sum(dim=-1) == forbidden.shape[-1]] = False
+        output = DecoderOutput(
+            pred_logits=self.class_embed(normed), pred_embeds=normed, raw_embeds=x, mask_embeds=embeds, aux_outputs=[]
+        )
+        output["mask_features"] = features
+        if self.reid_embed is not None:
+            output["reid_embeds"] = self.reid_embed(normed)
+            for name, own in (("pred_embeds", normed), ("raw_embeds", x)):
+                output[name] = torch.cat([own, output["reid_embeds"]], dim=-1)  # type: ignore[literal-required]
+        return output, ~forbidden
+
+
+class PlainFrames(FrameNormalizer):
+    """Frames in torch's usual layout."""
+
+    def forward(self, frames: Sequence[Tensor]) -> Tensor:
+        """As in the base class."""
+        return super().forward(frames).contiguous()
+
+
+#: Our class -> the plain one with the same parameters.
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    Linear: nn.Linear,
+    PointwiseConv2d: Conv2d,
+    MultiheadAttention: PlainAttention,
+    MultiScaleMaskedTransformerDecoder: PlainDecoder,
+    FrameNormalizer: PlainFrames,
+}
+
+
+@contextmanager
+def plain(model: nn.Module) -> Iterator[None]:
+    """While the body runs, ``model`` computes as the released code does (see the head of this file)."""
+    swapped = [(module, type(module)) for module in model.modules() if type(module) in _PLAIN]
+    fused = [(module, module.fused_attn) for module in model.modules() if isinstance(module, Attention)]
+    backends = dict(op.RUN)
+    try:
+        for module, ours in swapped:
+            module.__class__ = _PLAIN[ours]
+        for attention, _ in fused:
+            attention.fused_attn = False  # type: ignore[misc]  # final for scripting only
+        op.RUN.update(dict.fromkeys(backends, reference.by_grid_sample))
+        yield
+    finally:
+        for module, ours in swapped:
+            module.__class__ = ours
+        for attention, before in fused:
+            attention.fused_attn = before  # type: ignore[misc]
+        op.RUN.update(backends)
+
+
+def measure_against_plain(settings: Settings) -> dict[str, Any]:
+    """Both in turn, so that what else happens on the machine meets both; and how far their predictions are apart."""
+    _, model = build(settings)
+    sample, frames = video(settings, settings.frames[0]), settings.frames[0]
+    clock = ModuleClock(model, NETWORK, settings.device)
+    seconds: dict[str, dict[str, list[float]]] = {name: {"total": [], "network": [], "cpu": []} for name in _SIDES}
+    with torch.no_grad():
+        for index in range(settings.warmup + settings.repeats):
+            for name in _SIDES:
+                with plain(model) if name == "plain" else nullcontext():
+                    clock.seconds = 0.0
+                    synchronize(settings.device)
+                    start, start_cpu = time.perf_counter(), time.process_time()
+                    model([sample])
+                    synchronize(settings.device)
+                    figures = (time.perf_counter() - start, clock.seconds, time.process_time() - start_cpu)
+                if index >= settings.warmup:
+                    for key, value in zip(seconds[name], figures, strict=True):
+                        seconds[name][key].append(value / frames)
+        difference = _difference(model, list(sample["image"])[: min(frames, 2)])
+    result: dict[str, Any] = {"frames": frames, "logits_apart": difference}
+    for name, lists in seconds.items():
+        result[name] = {
+            "seconds_per_frame": {**summary(lists["total"]), "cpu": statistics.median(lists["cpu"])},
+            "network": summary(lists["network"]),
+        }
+    ours, other = result["ours"], result["plain"]
+    result["times"] = {
+        "network": other["network"]["median"] / ours["network"]["median"],
+        "total": other["seconds_per_frame"]["median"] / ours["seconds_per_frame"]["median"],
+        "cpu": other["seconds_per_frame"]["cpu"] / ours["seconds_per_frame"]["cpu"],
+    }
+    return result
+
+
+_SIDES = ("ours", "plain")
+
+
+def _difference(model: Any, frames: list[Tensor]) -> float:
+    """Largest difference of class logits over the largest logit.
+
+    Rounding, unless a mask logit next to zero opens a cell to a query on one side only.
+    """
+    found = []
+    for context in (nullcontext(), plain(model)):
+        with context:
+            found.append(model.sem_seg_head(model.backbone(model.normalizer(frames)))["pred_logits"].float())
+    return float((found[0] - found[1]).abs().max() / found[1].abs().max())
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The figures in words."""
+    text = []
+    for name in _SIDES:
+        total, network = result[name]["seconds_per_frame"], result[name]["network"]["median"]
+        text.append(f"{name:<6} {spread(total, 's per frame')}, network {network:.3f}")
+    times = result["times"]
+    return [
+        *text,
+        f"plain PyTorch takes {times['total']:.2f} times as long, {times['cpu']:.2f} times the processor time, the "
+        f"network {times['network']:.2f} times as long (video of {result['frames']} frames)",
+        f"class logits differ by {result['logits_apart']:.1e} of the largest",
+    ]
