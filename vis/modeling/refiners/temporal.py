@@ -19,6 +19,9 @@ from vis.layers.referring_attention import ReferringAttentionLayer
 from vis.modeling.registry import REFINER_REGISTRY
 from vis.structures import RefinerOutput
 
+# Frames of which objects interact at a time: enough for every training clip, and a bound for the width of the FFN.
+_FRAMES_AT_ONCE = 128
+
 
 @declare
 def add_config(cfg: CfgNode) -> None:
@@ -103,9 +106,8 @@ class TemporalRefiner(nn.Module):
         memory = frame_memory.flatten(0, 1)  # (B*T, Q, C)
         for i in range(len(self.transformer_ffn_layers)):
             x = self._along_time(i, x)
-            frames = self.transformer_obj_self_attention_layers[i](x.flatten(0, 1))
-            frames = self.transformer_cross_attention_layers[i](frames, frames, memory)
-            x = self.transformer_ffn_layers[i](frames).view_as(x)
+            parts = zip(x.flatten(0, 1).split(_FRAMES_AT_ONCE), memory.split(_FRAMES_AT_ONCE), strict=True)
+            x = torch.cat([self._in_frames(i, *part) for part in parts]).view_as(x)
             layers.append(x)
         normed = self.decoder_norm(torch.stack(layers if self.training else layers[-1:]))  # (L, B, T, Q, C)
         return RefinerOutput(
@@ -117,11 +119,16 @@ class TemporalRefiner(nn.Module):
     def _along_time(self, i: int, x: Tensor) -> Tensor:
         """Each object by itself: all frames attend to all, then neighbours are mixed. (B, T, Q, C) -> the same."""
         tracks = x.transpose(1, 2)  # (B, Q, T, C)
-        shape = tracks.shape
         # Fused attention: the T x T weights of a long video are never stored.
         flat = self.transformer_time_self_attention_layers[i](tracks.flatten(0, 1))  # (B*Q, T, C)
         mixed = self.conv_short_aggregate_layers[i](flat.transpose(1, 2)).transpose(1, 2)
-        return self.conv_norms[i](flat + mixed).view(shape).transpose(1, 2)
+        return self.conv_norms[i](flat + mixed).unflatten(0, tracks.shape[:2]).transpose(1, 2)
+
+    def _in_frames(self, i: int, x: Tensor, memory: Tensor) -> Tensor:
+        """Each frame by itself, ``x`` and ``memory`` (F, Q, C): objects attend to one another, then to the memory."""
+        x = self.transformer_obj_self_attention_layers[i](x)
+        x = self.transformer_cross_attention_layers[i](x, x, memory)
+        return self.transformer_ffn_layers[i](x)
 
     def _pool(self, normed: Tensor) -> Tensor:
         """Weighted mean over the frames, (L, B, T, Q, C) -> (L, B, Q, C)."""
