@@ -9,7 +9,7 @@ import pycocotools.mask as mask_utils
 import pytest
 
 from vis.evaluation import rle_kernels
-from vis.evaluation.rle_kernels import PackedCodes, areas, intersections
+from vis.evaluation.rle_kernels import PackedCodes, intersections
 from vis.evaluation.track_iou import frame_intersections, frame_iou, pairwise_iou, track_areas
 from vis.evaluation.ytvis_io import Track, make_track
 from vis.structures.rle import BadRLE
@@ -101,17 +101,17 @@ def test_exact_up_to_the_largest_picture(way: bool) -> None:
         cuts = np.sort(rng.integers(1, total, 3))
         a = [int(cuts[0]), int(total - cuts[0])]
         b = [int(cuts[1]), int(cuts[2] - cuts[1]), int(total - cuts[2])]
-        both = [PackedCodes([rle(runs, height, width)], height, width) for runs in (a, b)]
+        both = [PackedCodes.of([rle(runs, height, width)], height, width) for runs in (a, b)]
         expected = max(0, int(cuts[2] - max(cuts[0], cuts[1])))
         assert intersections(both[:1], both[1:], use_compiled=way)[0, 0, 0] == expected
-        assert areas([both[0].text], total, use_compiled=way).tolist() == [total - cuts[0]]
+        assert both[0].areas(use_compiled=way).tolist() == [total - cuts[0]]
 
 
-@pytest.mark.parametrize("counts", [b"", b"5", b"57", b"P", b"\xc3~", b"PPPPPPPPPP1", b"ak3", b"a`3L"])
+@pytest.mark.parametrize("counts", [b"5", b"57", b"P", b"\xc3~", b"PPPPPPPPPP1", b"ak3", b"a`3L"])
 def test_damaged_codes_are_named(way: bool, counts: bytes) -> None:
     good = code(np.ones((H, W)))["counts"]
     with pytest.raises(BadRLE) as error:
-        areas([good, good, counts, good], H * W)
+        PackedCodes([good, b"", counts, good], H, W).areas()
     assert error.value.index == 2
 
 
@@ -127,7 +127,7 @@ def test_damaged_codes_are_the_same_ones() -> None:
         found = []
         for use_compiled in (False, True):
             try:
-                found.append(int(areas([bytes(counts)], H * W, use_compiled=use_compiled)[0]))
+                found.append(int(PackedCodes([bytes(counts)], H, W).areas(use_compiled=use_compiled)[0]))
             except BadRLE as error:
                 found.append(str(error))
         assert found[0] == found[1]
@@ -146,7 +146,7 @@ def test_tracks_of_different_videos_are_refused(way: bool) -> None:
 
 def test_packed_codes_read_like_a_list() -> None:
     codes = [code(np.ones((H, W))), None, code(np.zeros((H, W)))]
-    packed = PackedCodes(codes, H, W)
+    packed = PackedCodes.of(codes, H, W)
     assert list(packed) == codes
     assert packed[-1] == codes[2]
     assert packed[:2] == codes[:2]

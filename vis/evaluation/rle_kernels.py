@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,17 +30,38 @@ class PackedCodes(Sequence[dict[str, Any] | None]):
     It reads like a list of them, at a third of its memory.
 
     Args:
-        codes: RLE dicts of one size with ``counts`` as bytes, not empty; or None.
+        counts: (T,) ``counts`` of the masks, empty without a mask.
         height, width: of the video in pixels; every mask has this size.
     """
 
     __slots__ = ("ends", "size", "text")
 
-    def __init__(self, codes: Sequence[Mapping[str, Any] | None], height: int, width: int) -> None:
-        counts = [b"" if code is None else code["counts"] for code in codes]
+    def __init__(self, counts: Sequence[bytes], height: int, width: int) -> None:
         self.size = (height, width)
         self.text = b"".join(counts)
-        self.ends = np.cumsum([len(count) for count in counts], dtype=np.int64)  # (T,) exclusive, in ``text``
+        self.ends = np.cumsum([*map(len, counts)], dtype=np.int64)  # (T,) exclusive, in ``text``
+
+    @classmethod
+    def of(cls, codes: Sequence[Mapping[str, Any] | None], height: int, width: int) -> PackedCodes:
+        """From RLE dicts with bytes, or None."""
+        return cls([b"" if code is None else code["counts"] for code in codes], height, width)
+
+    def areas(self, *, use_compiled: bool | None = None) -> NDArray[np.int64]:
+        """(T,) pixels of each mask, 0 without one; all codes are checked.
+
+        Args:
+            use_compiled: None takes the compiled code where it is.
+
+        Raises:
+            BadRLE: a code is no mask of this size; ``index`` is the frame.
+        """
+        present = np.flatnonzero(np.diff(self.ends, prepend=0))
+        found = np.zeros(len(self), np.int64)
+        try:
+            found[present] = _areas(self.text, self.ends[present], self.size[0] * self.size[1], use_compiled)
+        except BadRLE as error:
+            raise BadRLE(int(present[error.index]), error.reason) from error
+        return found
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -63,30 +85,13 @@ def compiled() -> bool:
     return not problem
 
 
-def areas(codes: Sequence[bytes], num_pixels: int, *, use_compiled: bool | None = None) -> NDArray[np.int64]:
-    """The area of each compressed code, all of them checked.
-
-    Args:
-        codes: compressed COCO codes.
-        num_pixels: height times width.
-        use_compiled: None takes the compiled code where it is.
-
-    Returns:
-        (len(codes),) pixels.
-
-    Raises:
-        BadRLE: a code is no mask of that many pixels; ``index`` is its place.
-    """
-    if codes and (compiled() if use_compiled is None else use_compiled):
-        ends = np.cumsum([len(code) for code in codes], dtype=np.int64)
-        found: NDArray[np.int64] = torch.ops.vis.rle_areas(
-            _bytes(list(codes)), torch.from_numpy(ends), num_pixels
-        ).numpy()
-        if found.min() >= 0:
+def _areas(text: bytes, ends: NDArray[np.int64], num_pixels: int, use_compiled: bool | None) -> NDArray[np.int64]:
+    if compiled() if use_compiled is None else use_compiled:
+        found: NDArray[np.int64] = torch.ops.vis.rle_areas(_bytes([text]), torch.from_numpy(ends), num_pixels).numpy()
+        if not len(found) or found.min() >= 0:
             return found
-        rle_areas(codes, num_pixels)  # which says what is wrong
-        raise BadRLE(int(found.argmin()), "it is not a code of a mask of this size")
-    return rle_areas(codes, num_pixels)
+    # also where a code is damaged: this says what is wrong with it
+    return rle_areas([text[start:end] for start, end in pairwise([0, *ends.tolist()])], num_pixels)
 
 
 def intersections(
@@ -95,7 +100,7 @@ def intersections(
     """Pixels that masks share, frame by frame.
 
     Args:
-        a, b: tracks of one video, their codes checked (see :func:`areas`).
+        a, b: tracks of one video, their codes checked by ``areas``.
         use_compiled: None takes the compiled code where it is.
 
     Returns:

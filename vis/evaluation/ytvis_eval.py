@@ -16,6 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -222,12 +223,13 @@ def evaluate_tracks(
         raise ValueError(f"the number of workers must be positive, found {workers}")
     occlusion = ap_breakdown.has_occlusion(truth)
 
-    def match_one(key: tuple[int, int]) -> Match:
-        return _match(found.get(key, []), truth.tracks.get(key, []), occlusion)
+    def match_video(keys: list[tuple[int, int]]) -> list[Match]:
+        return [_match(found.get(key, []), truth.tracks.get(key, []), occlusion) for key in keys]
 
     keys = sorted({*found, *truth.tracks})  # by video, as the official code goes through them
+    of_videos = [list(group) for _, group in groupby(keys, key=lambda key: key[0])]
     with ThreadPoolExecutor(workers or (min(os.cpu_count() or 1, _MOST_THREADS) if compiled() else 1)) as pool:
-        matches = dict(zip(keys, pool.map(match_one, keys), strict=True))
+        matches = dict(zip(keys, chain.from_iterable(pool.map(match_video, of_videos)), strict=True))
     rows = len(AREA_RANGES) + len(ap_breakdown.OCCLUSION_GROUPS) * occlusion
     precision, recall, objects = _accumulated(matches, truth, rows)
     classes = list(truth.categories.values())

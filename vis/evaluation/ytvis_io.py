@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from vis.evaluation.result_files import ResultsError, Skipped, kind_of, load_results
 from vis.evaluation.results_writer import RESULT_KEYS
-from vis.evaluation.rle_kernels import PackedCodes, areas
+from vis.evaluation.rle_kernels import PackedCodes
 from vis.structures.polygons import polygons_to_rle
 from vis.structures.rle import BadRLE, compress
 
@@ -220,7 +220,7 @@ def _add_annotation(
     if len(masks) != length:
         raise GroundTruthError(f"{name} has {len(masks)} segmentations, video {video_id} has {length} frames.")
     try:
-        track = make_track([_as_code(mask, height, width) for mask in masks], height, width)
+        track = _track(PackedCodes([_counts(mask, height, width) for mask in masks], height, width))
     except BadRLE as error:
         raise GroundTruthError(f"{name} of video {video_id}, frame {error.index}: {error.reason}.") from error
     except ValueError as error:
@@ -249,13 +249,12 @@ def make_track(codes: Sequence[dict[str, Any] | None], height: int, width: int) 
     Raises:
         BadRLE: a mask's runs do not fit the size; its ``index`` is the frame.
     """
-    present = [frame for frame, code in enumerate(codes) if code is not None]
-    pixels = np.zeros(len(codes), np.int64)
-    try:
-        pixels[present] = areas([code["counts"] for code in codes if code is not None], height * width)
-    except BadRLE as error:
-        raise BadRLE(present[error.index], error.reason) from error
-    return Track(PackedCodes(codes, height, width), pixels, _mean_area(pixels))
+    return _track(PackedCodes.of(codes, height, width))
+
+
+def _track(codes: PackedCodes) -> Track:
+    pixels = codes.areas()
+    return Track(codes, pixels, _mean_area(pixels))
 
 
 def _mean_area(pixels: NDArray[Any]) -> float:
@@ -263,10 +262,14 @@ def _mean_area(pixels: NDArray[Any]) -> float:
     return float(seen.mean()) if len(seen) else 0.0
 
 
-def _as_code(mask: Any, height: int, width: int) -> dict[str, Any] | None:
-    """A compressed RLE with bytes, from a compressed or uncompressed RLE or from polygons; None from null or []."""
+def _counts(mask: Any, height: int, width: int) -> bytes:
+    """Compressed counts of an RLE of any form or of polygons; empty from null or [].
+
+    Raises:
+        ValueError: it is neither, or of another size.
+    """
     if mask is None or mask == []:
-        return None
+        return b""
     if isinstance(mask, list):
         mask = polygons_to_rle(mask, height, width)
     if not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
@@ -278,7 +281,9 @@ def _as_code(mask: Any, height: int, width: int) -> dict[str, Any] | None:
     counts = mask["counts"]
     if not isinstance(counts, (str, bytes)):
         raise ValueError(f"'counts' of a mask must be a string, found {kind_of(counts)}")
-    return {"size": [height, width], "counts": counts.encode("utf-8") if isinstance(counts, str) else counts}
+    if not counts:
+        raise ValueError("'counts' of a mask are empty; write null for frames without a mask")
+    return counts.encode("utf-8") if isinstance(counts, str) else counts
 
 
 def check_results(
@@ -356,19 +361,19 @@ def _check_masks(masks: Any, video: tuple[int, int, int], name: str) -> Track:
             "for frames without a mask.",
             "with a wrong number of masks",
         )
-    codes: list[dict[str, Any] | None] = []
+    counts: list[bytes] = []
     for frame, mask in enumerate(masks):
         try:
             if isinstance(mask, list):
                 raise ValueError("a mask must be null or an RLE with 'size' and 'counts', found a list")
-            codes.append(_as_code(mask, height, width))
+            counts.append(_counts(mask, height, width))
         except ValueError as error:
             raise ResultsError(
                 f"{name}, frame {frame}: {error}. Masks are COCO RLE at the video's own size.",
                 "with a mask of a wrong size or form",
             ) from error
     try:
-        return make_track(codes, height, width)
+        return _track(PackedCodes(counts, height, width))
     except BadRLE as error:
         raise ResultsError(
             f"{name}, frame {error.index}: not a run-length code of a {height}x{width} mask: {error.reason}. "
