@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from vis.modeling.backbones import D2VitAdapterDinoV2, resize_patch_kernel
 from vis.modeling.backbones.dinov2 import interpolate_positions
-from vis.modeling.backbones.vit_adapter import SIZES, AdapterNorm, Extractor
+from vis.modeling.backbones.vit_adapter import SIZES, Extractor
 
 DIM, DEPTH, HEADS, GRID = 32, 8, 4, 5
 
@@ -199,7 +201,7 @@ def test_a_frozen_vit_stays_in_evaluation_mode(images: Tensor) -> None:
 
 def test_statistics_move_in_training_only(images: Tensor) -> None:
     model = build()
-    names = [name for name, module in model.named_modules() if isinstance(module, AdapterNorm)]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(names) == 10
     for mode in (False, True):
         model.train(mode)
@@ -367,14 +369,38 @@ def test_slim_adapter_by_hand(images: Tensor) -> None:
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_batch_norm_on_cpus_is_the_plain_one() -> None:
-    ours, plain = AdapterNorm(5).train(), nn.BatchNorm2d(5).train()
-    x = torch.randn(2, 5, 3, 4)
-    assert torch.equal(ours(x), plain(x))
-    assert {n: tuple(v.shape) for n, v in ours.state_dict().items()} == {
-        n: tuple(v.shape) for n, v in plain.state_dict().items()
-    }
-    assert torch.equal(ours.running_var, plain.running_var)
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of processes on the CPU, with this one alone in it."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_batch_norm_is_synchronised_on_gpus_only(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build().train()
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    # Torch refuses to distribute synchronised normalisation on CPUs, and waits for a gradient of every parameter.
+    total(nn.parallel.DistributedDataParallel(model)(images)).backward()
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    synchronised = build()
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules()) == 10
+    assert list(synchronised.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_with_the_cpu(images: Tensor) -> None:
+    model = build(freeze_vit=False, checkpoint_extractors=True, checkpoint_vit=True).train()
+    on_gpu = copy.deepcopy(model).cuda()
+    expected = model(images)
+    found = on_gpu(images.cuda())
+    for name, x in expected.items():
+        assert (found[name].cpu() - x).abs().max() < 1e-2 * x.abs().max(), name
+    with torch.autocast("cuda", dtype=torch.float16):
+        rough = on_gpu(images.cuda())
+    total({name: x.float() for name, x in rough.items()}).backward()
+    assert all(torch.isfinite(x.grad).all() for x in on_gpu.parameters() if x.grad is not None)
 
 
 def test_half_precision_runs_near_to_float32(images: Tensor) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
-from timm.layers import Attention
+from timm.models.vision_transformer import Attention  # timm.layers has it in new versions only
 from torch import Tensor, nn
 
 from vis.engine.benchmarks.common import Settings, build, spread, summary, synchronize, video

@@ -57,12 +57,14 @@ def add_config(cfg: CfgNode) -> None:
     node.VIT_WEIGHT = ""
 
 
-class AdapterNorm(nn.SyncBatchNorm):
-    """Batch normalisation over the batches of all processes on CUDA; elsewhere torch can do it over one's own only."""
+def batch_norm(channels: int) -> nn.Module:
+    """Batch normalisation over the batches of all processes on GPUs, over one's own elsewhere; the same names.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, h, w) -> the same."""
-        return super().forward(x) if x.is_cuda else nn.BatchNorm2d.forward(self, x)  # type: ignore[arg-type]
+    Torch can synchronise on GPUs only, and refuses to distribute a model that would on CPUs.
+    """
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    synchronised = group and "nccl" in torch.distributed.get_backend()
+    return nn.SyncBatchNorm(channels) if synchronised else nn.BatchNorm2d(channels)
 
 
 class SpatialPriorModule(nn.Module):
@@ -92,7 +94,7 @@ class SpatialPriorModule(nn.Module):
 
 def _conv_norm_relu(in_channels: int, out_channels: int, *, stride: int = 1) -> tuple[nn.Module, ...]:
     conv = Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
-    return conv, AdapterNorm(out_channels), nn.ReLU(inplace=True)
+    return conv, batch_norm(out_channels), nn.ReLU(inplace=True)
 
 
 class DWConv(nn.Module):
@@ -193,7 +195,7 @@ class D2VitAdapterDinoV2(Backbone):
         )
         self.up = nn.ConvTranspose2d(embed_dim, embed_dim, kernel_size=2, stride=2)
         for i in range(1, 5):
-            self.add_module(f"norm{i}", AdapterNorm(embed_dim))
+            self.add_module(f"norm{i}", batch_norm(embed_dim))
         _initialise(self)
         self.vit_module = DinoVisionTransformer(
             embed_dim=embed_dim, depth=depth, num_heads=num_heads, pretrain_grid=pretrain_grid, in_channels=in_channels
