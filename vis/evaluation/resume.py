@@ -9,6 +9,7 @@ evaluation goes on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -76,7 +77,7 @@ class Identity:
         """What is other than in the ``run.json`` of an earlier evaluation, in words."""
         facts, config = earlier.get("identity"), earlier.get("config")
         if not isinstance(facts, dict) or not isinstance(config, dict):
-            return [f"its {RUN_FILE} is damaged"]
+            return [f"its {RUN_FILE} does not say of which one"]
         found = [_change(name, facts.get(name), self.facts.get(name)) for name in _changed(facts, self.facts)]
         keys = _changed(config, self.config)
         found += [_change(name, config.get(name), self.config.get(name)) for name in keys[:_SHOWN]]
@@ -191,9 +192,7 @@ def prepare_parts(output_dir: str | Path, identity: Identity | None, *, resume: 
             return frozenset(_finished(folder, identity.key))
         for path in part_files(folder).values():
             path.unlink()
-        (folder / RUN_FILE).unlink(missing_ok=True)
-        if identity is not None:
-            write_json(folder / RUN_FILE, identity.content())
+        write_json(folder / RUN_FILE, {"key": ""} if identity is None else identity.content())
     except ResultsWriteError:
         raise
     except OSError as error:
@@ -202,19 +201,14 @@ def prepare_parts(output_dir: str | Path, identity: Identity | None, *, resume: 
 
 
 def _continues(folder: Path, identity: Identity) -> bool:
-    path = folder / RUN_FILE
     earlier: Any = None
-    if path.is_file():
-        try:
-            earlier = json.loads(path.read_bytes())
-        except ValueError:
-            earlier = {}
-    if isinstance(earlier, dict) and earlier.get("key") == identity.key:
+    with contextlib.suppress(FileNotFoundError, ValueError):  # not there, or damaged: it says nothing
+        earlier = json.loads((folder / RUN_FILE).read_bytes())
+    earlier = earlier if isinstance(earlier, dict) else {}
+    if earlier.get("key") == identity.key:
         return True
-    parts = len(part_files(folder))
-    if parts:
-        reasons = identity.differences(earlier if isinstance(earlier, dict) else {}) if earlier is not None else []
-        why = "; ".join(reasons) or f"there is no {RUN_FILE}, so nothing says what they are of"
+    if parts := len(part_files(folder)):
+        why = "; ".join(identity.differences(earlier))
         logger.info("starting anew: the %d finished videos in %s are of another evaluation (%s)", parts, folder, why)
     return False
 
