@@ -5,9 +5,9 @@
     python tools/convert_checkpoint.py R50.safetensors resnet50.pth --to released --source torchvision
     python tools/convert_checkpoint.py model_final_3c8ec9.pkl coco_r50.pth --config-file configs/coco/instance_r50.yaml
 
-The names in IN tell which release it is of. OUT is a .pth or a .safetensors file; the optimizer is left out unless asked
-for. With --config-file the result is loaded into that model as an evaluation would load it (a backbone: as a training
-would), and OUT is written only if it fits. Exit status 0: written; 2: a file, an option or the configuration is wrong.
+The names in IN tell which release it is of. OUT is a .pth or a .safetensors file, without the optimizer unless asked.
+With --config-file the result is loaded into that model as an evaluation would load it (a backbone: as a training does),
+and OUT is written only if it fits. Exit status 0: written; 2: a file, an option or the configuration is wrong.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out everything but the weights (default); a .pth can keep it",
     )
     parser.add_argument("--config-file", metavar="C", help="check the result against the model of this configuration")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the configuration")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="overrides of the configuration"
+    )
     return parser
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -157,7 +158,8 @@ def _guarded(file: Path, kind: str) -> Any:
                 check_opcodes(handle, file.stat().st_size)
             return read_array_pickle(file)
         (check_torch_zip if kind == "torch" else check_legacy_torch)(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with _numbers_allowed():
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Unbounded as error:
         raise ValueError(f"{file} is refused: {error}. No program writes such files; do not use it") from error
     except ForbiddenContent as error:
@@ -173,6 +175,17 @@ def _guarded(file: Path, kind: str) -> Any:
                 "them can run code. Save it again with torch.save({'model': state_dict}, path) where you trust it"
             ) from error
         raise ValueError(f"{file} is cut off or damaged ({text}): copy or download it again") from error
+
+
+def _numbers_allowed() -> AbstractContextManager[None]:
+    """Lets ``torch.load`` read NumPy's single numbers: trainings leave them in schedules and metrics."""
+    if not hasattr(torch.serialization, "safe_globals"):  # before torch 2.5
+        return nullcontext()
+    core: Any = getattr(np, "_core", None) or np.core
+    scalar = core.multiarray.scalar
+    allowed: list[Any] = [(scalar, f"numpy.{package}.multiarray.scalar") for package in ("core", "_core")]
+    allowed += [np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd")]
+    return torch.serialization.safe_globals(allowed)
 
 
 def _forbidden_name(message: str) -> str:

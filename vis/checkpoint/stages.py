@@ -24,7 +24,7 @@ STAGES: dict[str, tuple[str, str]] = {
     ),
     "detector": ("a detector of detectron2's model zoo", "from detectron2's MODEL_ZOO.md"),
     "image": (
-        "a Mask2Former model of COCO images",
+        "a Mask2Former model of COCO images (by its class rows)",
         "from Mask2Former's model zoo (MODEL_ZOO.md here has the addresses), or train configs/coco/instance_r50.yaml",
     ),
     "segmenter": (
@@ -89,7 +89,7 @@ def permitted_missing(
         f"{path} is {STAGES[file.stage][0]} (source: {file.source.title}), but {type(model).__name__} "
         + ("starts its training from " if training else "is evaluated with ")
         + "; or ".join(f"{STAGES[stage][0]} ({STAGES[stage][1]})" for stage in wanted)
-        + (". Its part of this model can be trained on top: see MODEL_ZOO.md" if not training else "")
+        + (". To use it all the same: MODEL.WEIGHTS_ALLOW_MISSING names the parts that it lacks" if training else "")
     )
 
 
