@@ -216,7 +216,7 @@ def test_drawn_videos_equal_the_official_kit(
     """The whole path, from the json files to the tables."""
     gt, results = drawn
     theirs = official_kit(gt, [r for r in results if r["score"] >= threshold], tmp_path)
-    mine = metrics_of(gt, results, score_threshold=threshold, ignore_empty_classes=False)
+    mine = metrics_of(gt, results, score_threshold=threshold, all_classes=True)
     for name in ("odd", "even", "nothing"):
         assert_equal(mine.per_class[name], theirs[name])
     assert_equal(mine.class_averaged, theirs["cls_comb_cls_av"])
@@ -226,11 +226,18 @@ def test_drawn_videos_equal_the_official_kit(
     assert 0.1 < mine.detection_averaged["HOTA"] < 0.9
 
 
-def test_empty_classes_are_left_out_of_the_average(drawn: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
-    one, all_three = (metrics_of(*drawn, ignore_empty_classes=ignore) for ignore in (True, False))
+def test_classes_without_objects_are_left_out_of_the_average(
+    drawn: tuple[dict[str, Any], list[dict[str, Any]]],
+) -> None:
+    """Predictions of such a class count in the average over detections alone."""
+    gt, results = drawn
+    false = {**results[0], "category_id": 3}
+    one, all_three = (metrics_of(gt, [*results, false], all_classes=all_classes) for all_classes in (False, True))
     assert one.class_averaged["HOTA"] == pytest.approx(all_three.class_averaged["HOTA"] * 3 / 2)
-    assert one.class_averaged["IDSW"] == all_three.class_averaged["IDSW"]
+    assert one.class_averaged["HOTA"] == metrics_of(gt, results).class_averaged["HOTA"]
+    assert one.per_class["nothing"]["CLR_FP"] > 0
     assert one.detection_averaged == all_three.detection_averaged
+    assert one.detection_averaged["HOTA"] < metrics_of(gt, results).detection_averaged["HOTA"]
 
 
 def test_perfect(make_gt: Make, make_results: Make) -> None:
@@ -285,8 +292,8 @@ def test_crowds(make_gt: Make, make_results: Make) -> None:
 
 def test_classes_do_not_mix(make_gt: Make, make_results: Make) -> None:
     gt = make_gt([(7, 1, [A] * 4, 0)])
-    found = metrics_of(gt, make_results([(7, 2, 0.9, [A] * 4)]))
-    assert (found.class_averaged["HOTA"], found.class_averaged["CLR_FP"], found.class_averaged["CLR_FN"]) == (0, 4, 4)
+    found = metrics_of(gt, make_results([(7, 2, 0.9, [A] * 4)])).detection_averaged
+    assert (found["HOTA"], found["CLR_FP"], found["CLR_FN"]) == (0, 4, 4)
 
 
 def test_nothing_found(make_gt: Make) -> None:

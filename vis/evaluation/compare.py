@@ -3,7 +3,8 @@
 Paired bootstrap over videos (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 13 and 16): the
 videos of the ground truth are drawn with replacement, as many as there are, both files are measured on the same draw,
 and the spread of the difference over many draws gives the interval. It covers the choice of the videos only: not the
-random numbers of training, for which several runs must be compared.
+random numbers of training, for which several runs must be compared. Few videos vary too little among themselves to
+tell, so no interval is given where fewer than five have objects.
 
 Masks are compared once. A draw then only changes how often each video counts, so that it is a cumulative sum with
 weights; it gives the number that measuring the drawn videos afresh would give. (Only between predictions of exactly
@@ -22,13 +23,16 @@ from numpy.typing import NDArray
 from vis.evaluation.ap_core import IOU_THRESHOLDS, Match, by_score, match
 from vis.evaluation.ap_curve import average_precision
 from vis.evaluation.track_iou import pairwise_iou
-from vis.evaluation.track_metrics import DEFAULT_SCORE, NUM_COUNTS, summarize, track_counts
+from vis.evaluation.track_metrics import DEFAULT_SCORE, NUM_COUNTS, has_objects, summarize, track_counts
 from vis.evaluation.ytvis_io import GroundTruth, Track, Tracks
 
 METRICS = ("AP", "AP50", "AR10", "HOTA")
 """What is compared; HOTA is that of ``track_metrics``, averaged over the classes."""
 
-_CHUNK = 64  # draws at a time, which bounds the memory
+MIN_VIDEOS = 5
+"""Videos with objects (of a class) below which no interval is given."""
+
+_CHUNK = 250  # draws at a time, which bounds the memory
 _AR_LIMIT = 10
 
 
@@ -39,10 +43,11 @@ class Difference:
     Attributes:
         a, b: the values on all videos.
         difference: b - a.
-        low, high: 95 % interval of the difference (percentiles of the draws).
+        low, high: 95 % interval of the difference (percentiles of the draws); nan with too few videos.
         p: how easily the draws contradict the sign: twice the smaller share of draws with a difference of >= 0 or of
             <= 0, at most 1; with n draws never below 2 / (n + 1). Small means that the sign does not hang on the choice
-            of the videos. With many classes some are small by chance.
+            of the videos. With many classes some are small by chance. nan as the interval.
+        num_videos: videos that have objects (of the class).
         draws: draws in which the number exists (a class may be in none of the drawn videos).
     """
 
@@ -52,6 +57,7 @@ class Difference:
     low: float
     high: float
     p: float
+    num_videos: int
     draws: int
 
 
@@ -84,11 +90,11 @@ class Comparison:
         rows = {**self.overall, **{f"AP-{name}": each["AP"] for name, each in self.per_class.items()}}
         rows = {name: row for name, row in rows.items() if not np.isnan(row.difference)}
         wide = max(map(len, rows), default=0)
-        lines = [f"{'':<{wide}} {'A':>8} {'B':>8} {'B - A':>8}   {'95 % interval':^19} {'p':>6}"]
+        lines = [f"{'':<{wide}} {'A':>8} {'B':>8} {'B - A':>8} {'videos':>6}   {'95 % interval':^19} {'p':>6}"]
         for name, row in rows.items():
-            low, high, *values = (100 * value for value in (row.low, row.high, row.a, row.b))
-            cells = f"{values[0]:8.3f} {values[1]:8.3f} {100 * row.difference:+8.3f}"
-            lines.append(f"{name:<{wide}} {cells}   [{low:+8.3f}, {high:+8.3f}] {row.p:6.3f}")
+            cells = f"{100 * row.a:8.3f} {100 * row.b:8.3f} {100 * row.difference:+8.3f} {row.num_videos:6d}"
+            interval = f"[{100 * row.low:+8.3f}, {100 * row.high:+8.3f}] {row.p:6.3f}"
+            lines.append(f"{name:<{wide}} {cells}   {interval if row.p == row.p else 'too few videos'}")
         return "\n".join(lines)
 
 
@@ -159,8 +165,8 @@ def compare_tracks(
     )
     # places: (metric, 0) overall, (metric, 1 + k) class k
     found = [
-        {name: _difference(point_a[m, k], point_b[m, k], draws[:, m, k]) for m, name in enumerate(METRICS)}
-        for k in range(1 + len(gt.categories))
+        {name: _difference(point_a[m, k], point_b[m, k], draws[:, m, k], shown) for m, name in enumerate(METRICS)}
+        for k, shown in enumerate([(objects.sum(1) > 0).sum(), *(objects > 0).sum(0)])
     ]
     per_class = dict(zip(gt.categories.values(), found[1:], strict=True))
     return Comparison(found[0], per_class, len(videos), bootstrap, seed, score_threshold)
@@ -176,14 +182,14 @@ def _weights(num_videos: int, bootstrap: int, seed: int) -> Iterator[NDArray[np.
         yield np.bincount(drawn.ravel(), minlength=count * num_videos).reshape(count, num_videos).astype(np.float64)
 
 
-def _difference(a: float, b: float, draws: NDArray[np.float64]) -> Difference:
+def _difference(a: float, b: float, draws: NDArray[np.float64], num_videos: int) -> Difference:
     draws = draws[~np.isnan(draws)]
-    if not len(draws):
-        return Difference(float(a), float(b), float(b - a), np.nan, np.nan, np.nan, 0)
-    low, high = np.percentile(draws, (2.5, 97.5)).tolist()
-    least = min(int((draws >= 0).sum()), int((draws <= 0).sum()))
-    p = min(1.0, 2 * (least + 1) / (len(draws) + 1))
-    return Difference(float(a), float(b), float(b - a), low, high, p, len(draws))
+    low = high = p = np.nan
+    if num_videos >= MIN_VIDEOS and len(draws):
+        low, high = np.percentile(draws, (2.5, 97.5)).tolist()
+        least = min(int((draws >= 0).sum()), int((draws <= 0).sum()))
+        p = min(1.0, 2 * (least + 1) / (len(draws) + 1))
+    return Difference(float(a), float(b), float(b - a), low, high, p, int(num_videos), len(draws))
 
 
 def _side(gt: GroundTruth, videos: Sequence[int], tracks: Tracks, score_threshold: float) -> _Side:
@@ -237,7 +243,7 @@ def _measure(side: _Side, objects: NDArray[np.float64], weights: NDArray[np.floa
         ap, recall = _ap_and_recall(ranked, weights, num_objects[:, k])
         by_class[:, :3, k] = np.stack([ap.mean(1), ap[:, 0], recall.mean(1)], axis=1)
     counts = (weights @ side.counts.reshape(len(side.counts), -1)).reshape(len(weights), objects.shape[1], NUM_COUNTS)
-    by_class[:, 3] = np.where(counts.any(-1), summarize(counts)["HOTA"], np.nan)
+    by_class[:, 3] = np.where(has_objects(counts), summarize(counts)["HOTA"], np.nan)
     exists = ~np.isnan(by_class)
     total = np.where(exists, by_class, 0.0).sum(2)
     overall = np.divide(total, exists.sum(2), out=np.full(total.shape, np.nan), where=exists.any(2))

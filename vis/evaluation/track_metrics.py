@@ -58,7 +58,7 @@ class TrackMetrics:
         score_threshold: the score that tracks had to have.
         num_tracks: predicted tracks that had it.
         num_objects: objects of the ground truth, crowds not counted.
-        class_averaged: name -> mean over the classes (counts: sum).
+        class_averaged: name -> mean over the classes that have objects (counts: their sum).
         detection_averaged: name -> value with all detections of all classes taken together.
         per_class: class -> name -> value.
 
@@ -77,7 +77,7 @@ class TrackMetrics:
         return asdict(self)
 
     def table(self) -> str:
-        """A text table in percent: both averages, then the classes that occur."""
+        """A text table in percent: both averages, then the classes that have objects or predictions."""
         names = ("HOTA", "DetA", "AssA", "LocA", "IDF1", "MOTA", "IDSW", "Frag")
         rows = {"class average": self.class_averaged, "detection average": self.detection_averaged, **self.per_class}
         rows = {name: row for name, row in rows.items() if row["CLR_TP"] + row["CLR_FN"] + row["CLR_FP"] > 0}
@@ -90,7 +90,7 @@ class TrackMetrics:
 
 
 def track_metrics(
-    gt: GroundTruth, tracks: Tracks, *, score_threshold: float = DEFAULT_SCORE, ignore_empty_classes: bool = True
+    gt: GroundTruth, tracks: Tracks, *, score_threshold: float = DEFAULT_SCORE, all_classes: bool = False
 ) -> TrackMetrics:
     """Track metrics of loaded results.
 
@@ -98,15 +98,15 @@ def track_metrics(
         gt: as ``load_ground_truth`` gives it.
         tracks: as ``check_results`` gives it.
         score_threshold: tracks below this score are left out; see above.
-        ignore_empty_classes: average over the classes that have an object or a selected prediction. TrackEval's own
-            tables average over all classes, an empty one counting as HOTA 0 (and LocA 1); on the official data sets,
-            where no class is empty, that is the same.
+        all_classes: average over all classes of the ground truth file, as TrackEval does: one without objects then
+            counts as HOTA 0 (and LocA 1). Else, as with AP, over the classes that have objects; on the official data
+            sets these are all.
     """
     counts = track_counts(gt, tracks, score_threshold=score_threshold)
     per_class = {category: np.zeros(NUM_COUNTS) for category in gt.categories}
     for (_, category), row in counts.items():
         per_class[category] += row
-    measured = np.array([row for row in per_class.values() if row.any() or not ignore_empty_classes])
+    measured = np.array([row for row in per_class.values() if all_classes or has_objects(row)])
     total = np.sum(list(per_class.values()), axis=0)
     selected = [track for each in tracks.values() for track in each if track.score >= score_threshold]
     objects = [track for each in gt.tracks.values() for track in each if not track.ignore]
@@ -160,10 +160,12 @@ def _frames(objects: Sequence[Track], tracks: Sequence[Track]) -> tuple[list[Fra
     frames = []
     for t in range(length):
         seen, found = np.flatnonzero(sizes[:, t]), np.flatnonzero(areas[:, t])
-        similarity = iou[:, :, t][np.ix_(seen, found)]
-        keep = in_crowd[found, t] <= 0.5
-        keep[_match(np.where(similarity >= THRESHOLD - _EPS, similarity, 0.0))[1]] = True
-        frames.append(Frame(seen, found[keep], similarity[:, keep]))
+        similarity = iou[seen[:, None], found, t]
+        if crowds:
+            keep = in_crowd[found, t] <= 0.5
+            keep[_match(np.where(similarity >= THRESHOLD - _EPS, similarity, 0.0))[1]] = True
+            found, similarity = found[keep], similarity[:, keep]
+        frames.append(Frame(seen, found, similarity))
     left = np.unique(np.concatenate([frame.tracks for frame in frames]))
     for frame in frames:  # tracks that lie in a crowd throughout are gone
         frame.tracks = np.searchsorted(left, frame.tracks)
@@ -179,6 +181,14 @@ def _match(scores: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.i
 
 def sequence_counts(frames: Sequence[Frame], num_objects: int, num_tracks: int) -> NDArray[np.float64]:
     """Counts (NUM_COUNTS,) of one class in one video. Each of the objects and tracks is seen in a frame at least."""
+    if not num_objects or not num_tracks:  # nothing to match, which is the usual case of a class in a video
+        lacking, false = sum(len(f.objects) for f in frames), sum(len(f.tracks) for f in frames)
+        counts = np.zeros(NUM_COUNTS)
+        counts[len(ALPHAS) : 2 * len(ALPHAS)], counts[2 * len(ALPHAS) : 3 * len(ALPHAS)] = lacking, false
+        single = {"IDFN": lacking, "IDFP": false, "CLR_FN": lacking, "CLR_FP": false, "ML": num_objects}
+        for name, value in single.items():
+            counts[_HOTA + COUNT_NAMES.index(name)] = value
+        return counts
     hota = _hota_counts(frames, num_objects, num_tracks)
     identity = _identity_counts(frames, num_objects, num_tracks)
     return np.concatenate([hota.ravel(), identity, _clear_counts(frames, num_objects)])
@@ -202,12 +212,12 @@ def _hota_counts(frames: Sequence[Frame], num_objects: int, num_tracks: int) -> 
         iou = frame.similarity
         union = iou.sum(0)[None] + iou.sum(1)[:, None] - iou
         share = np.divide(iou, union, out=np.zeros_like(iou), where=union > _EPS)
-        potential[np.ix_(frame.objects, frame.tracks)] += share
+        potential[frame.objects[:, None], frame.tracks] += share
     alignment = potential / (object_frames + track_frames - potential)
     matches = np.zeros((len(ALPHAS), num_objects, num_tracks))
     for frame in frames:
-        pairs = np.ix_(frame.objects, frame.tracks)
-        rows, columns = linear_sum_assignment(-(alignment[pairs] * frame.similarity))
+        score = alignment[frame.objects[:, None], frame.tracks] * frame.similarity
+        rows, columns = linear_sum_assignment(-score)
         iou = frame.similarity[rows, columns]
         hit = iou >= ALPHAS[:, None] - _EPS  # (A, matches)
         matches[:, frame.objects[rows], frame.tracks[columns]] += hit
@@ -225,7 +235,7 @@ def _identity_counts(frames: Sequence[Frame], num_objects: int, num_tracks: int)
     """IDTP, IDFN, IDFP: one track per object for the whole video, so that the fewest detections are wrong."""
     common = np.zeros((num_objects, num_tracks))
     for frame in frames:
-        common[np.ix_(frame.objects, frame.tracks)] += frame.similarity >= THRESHOLD
+        common[frame.objects[:, None], frame.tracks] += frame.similarity >= THRESHOLD
     # to pair fewer is never better: a pair without common frames costs what leaving both unpaired costs
     true = common[linear_sum_assignment(-common)].sum()
     detections = sum(len(frame.tracks) for frame in frames)
@@ -296,6 +306,12 @@ def summarize(counts: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         "MOTP": counts[..., -1] / np.maximum(1, clear_tp),
         **single,
     }
+
+
+def has_objects(counts: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(...,) from counts (..., NUM_COUNTS): there is a mask to be found."""
+    present: NDArray[np.bool_] = counts[..., 0] + counts[..., len(ALPHAS)] > 0
+    return present
 
 
 def class_average(counts: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
