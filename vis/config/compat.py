@@ -2,14 +2,15 @@
 
 :func:`translate` is applied to the nested dict of a yaml file (and to the command line) before keys are checked. It
 
-* replaces released class names by ours (:data:`VALUE_ALIASES`),
+* replaces released class names by ours (:data:`VALUE_ALIASES`) and moves keys (:data:`MOVED_KEYS`),
 * takes out keys that have nothing to steer here and says why (:data:`UNUSED_KEYS`); a value that asks for behaviour
   that does not exist here is an error, never ignored,
 * fills in defaults of the release that its yaml files rely on without naming them (:data:`RELEASED_DEFAULTS`).
 
 Names of data sets are not its business: their aliases are registered beside the data sets in ``vis.data``.
 
-Covered: Mask2Former (instance segmentation of COCO images) and MinVIS. Another release is one more row in each table.
+Covered: Mask2Former (instance segmentation of COCO images), MinVIS, DVIS and DVIS++ with its CTVIS segmenter. Another
+release is one more row in each table.
 """
 
 from __future__ import annotations
@@ -26,15 +27,62 @@ VALUE_ALIASES: dict[str, dict[str, str]] = {
         "VideoMaskFormer_frame": "MinVIS",
         # The image model is the same network: a video model that sees clips of one frame.
         "MaskFormer": "MinVIS",
+        "DVIS_online": "DVISOnline",
+        "DVIS_offline": "DVISOffline",
+        # What DVIS++ changed are options of the parts: see RELEASED_DEFAULTS.
+        "DVIS_Plus_online": "DVISOnline",
+        "DVIS_Plus_offline": "DVISOffline",
+        "CTMinVIS": "CTVIS",
     },
     "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": {
         "VideoMultiScaleMaskedTransformerDecoder_frame": "MultiScaleMaskedTransformerDecoder",
         "VideoMultiScaleMaskedTransformerDecoder_minvis": "MultiScaleMaskedTransformerDecoder",
+        "VideoMultiScaleMaskedTransformerDecoder_dvis": "MultiScaleMaskedTransformerDecoder",
+        "VideoMultiScaleMaskedTransformerDecoder_dvisPlus": "MultiScaleMaskedTransformerDecoder",
     },
 }
 
-#: Released ``META_ARCHITECTURE`` -> {dotted key: value} that its own code supplied where the yaml is silent.
+#: Released dotted key -> ours.
+MOVED_KEYS: dict[str, str] = {
+    "MODEL.TRACKER.USE_CL": "MODEL.CLIP_CRITERION.TRACKER_CONTRASTIVE",
+    "MODEL.REFINER.USE_CL": "MODEL.CLIP_CRITERION.REFINER_CONTRASTIVE",
+}
+
+_DVIS_TESTS: dict[str, Any] = {
+    "INPUT.SAMPLING_FRAME_RANGE": 20,
+    "MODEL.MASK_FORMER.TEST.WINDOW_SIZE": 3,
+    "MODEL.MASK_FORMER.TEST.MAX_NUM": 20,
+}
+# As it was trained, mistakes included: its published weights and numbers are of this.
+_DVIS: dict[str, Any] = {
+    **_DVIS_TESTS,
+    "MODEL.TRACKER.NOISE_MODE": "none",
+    "MODEL.TRACKER.MATCHING": "dvis_v1",
+    "MODEL.CLIP_CRITERION.RELEASED_MATCHER": True,
+}
+_DVIS_PLUS: dict[str, Any] = {
+    **_DVIS_TESTS,
+    "MODEL.MASK_FORMER.REID_BRANCH": True,
+    "MODEL.TRACKER.RAW_EMBEDS": True,
+    "MODEL.TRACKER.REFERENCE_PROJ": True,
+    "MODEL.TRACKER.MASK_FEATURE_PROJ": True,
+    "MODEL.TRACKER.NOISE_MODE": "none",
+    "MODEL.TRACKER.NOISE_RATIO": 0.5,
+    "MODEL.TRACKER.NOISE_BASE": "unmatched",
+    "MODEL.TRACKER.NOISE_PARTNER": "permutation",
+    "MODEL.CLIP_CRITERION.TRACKER_CONTRASTIVE": True,
+    "MODEL.CLIP_CRITERION.REFINER_CONTRASTIVE": True,
+}
+
+#: Released name (of the meta-architecture, or of the decoder where only that tells the release) -> {dotted key: value}
+#: that its own code supplied where the yaml is silent.
 RELEASED_DEFAULTS: dict[str, dict[str, Any]] = {
+    "VideoMultiScaleMaskedTransformerDecoder_minvis": _DVIS_TESTS,
+    "DVIS_online": _DVIS,
+    "DVIS_offline": _DVIS,
+    "DVIS_Plus_online": _DVIS_PLUS,
+    "DVIS_Plus_offline": _DVIS_PLUS,
+    "CTMinVIS": {**_DVIS_TESTS, "MODEL.MASK_FORMER.REID_BRANCH": True},
     "VideoMaskFormer_frame": {
         "INPUT.SAMPLING_FRAME_RANGE": 20,
         "INPUT.SAMPLING_FRAME_SHUFFLE": False,
@@ -59,16 +107,20 @@ class Unused:
     Attributes:
         reason: why, in words for a user.
         allowed: the values that ask for what happens here anyway; None where no value has an effect.
+        each: the value is a list, whose items must be among ``allowed``.
     """
 
     reason: str
     allowed: tuple[Any, ...] | None = None
+    each: bool = False
 
 
 _OTHER_TASKS = "belongs to semantic and panoptic segmentation of images; results here are instances in video"
 _STEM = "belongs to DeepLab's ResNet; the ResNet here is detectron2's, whose stem and last stage are these"
 _IMAGE_MAPPERS = "was read by the mappers of semantic segmentation only"
 _HEAD = "was read by no released video model"
+_DATA = "is known from the data set itself: its file says what it holds, and classes are mapped by their names"
+_CTVIS = "belongs to studies of CTVIS that no released video model used"
 _ENCODER = "steers the transformer of the first MaskFormer; here the encoder is in the pixel decoder"
 
 #: Dotted key -> why it is accepted without effect.
@@ -85,6 +137,18 @@ UNUSED_KEYS: dict[str, Unused] = {
     "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD": Unused(_OTHER_TASKS),
     "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": Unused(_OTHER_TASKS),
     "MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": Unused(_OTHER_TASKS),
+    "MODEL.MASK_FORMER.TEST.TASK": Unused(_OTHER_TASKS, ("vis",)),
+    "MODEL.SEM_SEG_HEAD.RETURN_TRANSFORMER_FEATURE": Unused(_HEAD, (False,)),
+    "MODEL.MASK_FORMER.REID_HIDDEN_DIM": Unused(_HEAD, (256,)),
+    "MODEL.MASK_FORMER.NUM_REID_HEAD_LAYERS": Unused(_HEAD, (3,)),
+    "MODEL.CL_PLUGIN.CL_PLUGIN_NAME": Unused(_CTVIS, ("CTCLPlugin",)),
+    "MODEL.CL_PLUGIN.FUSION_LOSS": Unused(_CTVIS, (False,)),
+    "MODEL.CL_PLUGIN.BIO_CL": Unused(_CTVIS, (False,)),
+    "MODEL.CL_PLUGIN.ONE_DIRECTION": Unused(_CTVIS, (True,)),
+    "MODEL.CL_PLUGIN.NOISE_EMBED": Unused(_CTVIS, (False,)),
+    "DATASETS.DATASET_NEED_MAP": Unused(_DATA),
+    "DATASETS.DATASET_TYPE": Unused(_DATA, ("video_instance", "image_instance"), each=True),
+    "DATASETS.DATASET_TYPE_TEST": Unused(_DATA, ("video_instance",), each=True),
     "INPUT.COLOR_AUG_SSD": Unused(_IMAGE_MAPPERS, (False,)),
     "INPUT.SIZE_DIVISIBILITY": Unused(_IMAGE_MAPPERS),
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": Unused(_IMAGE_MAPPERS),
@@ -104,7 +168,20 @@ def translate(tree: Mapping[str, Any]) -> tuple[Tree, list[str]]:
         ValueError: a released key has a value that asks for something that does not exist here.
     """
     result = _copy(tree)
-    return result, [*_rename_values(result), *_drop_unused(result)]
+    return result, [*_move_keys(result), *_rename_values(result), *_drop_unused(result)]
+
+
+def _move_keys(tree: Tree) -> list[str]:
+    messages = []
+    for released, ours in MOVED_KEYS.items():
+        value = _get(tree, released)
+        if value is None:
+            continue
+        _remove(tree, released)
+        if _get(tree, ours) is None:
+            _set(tree, ours, value)
+        messages.append(f"{released} is {ours} here")
+    return messages
 
 
 def _rename_values(tree: Tree) -> list[str]:
@@ -115,8 +192,7 @@ def _rename_values(tree: Tree) -> list[str]:
             continue
         _set(tree, key, aliases[released])
         messages.append(f"{key}: the released name {released!r} is {aliases[released]!r} here")
-        if key == "MODEL.META_ARCHITECTURE":
-            messages += _fill_defaults(tree, released)
+        messages += _fill_defaults(tree, released)
     return messages
 
 
@@ -134,8 +210,8 @@ def _drop_unused(tree: Tree) -> list[str]:
         value = _get(tree, key)
         if value is None:
             continue
-        if unused.allowed is not None and _plain(value) not in [_plain(item) for item in unused.allowed]:
-            expected = " or ".join(repr(item) for item in unused.allowed)
+        if not _is_allowed(unused, value):
+            expected = " or ".join(repr(item) for item in unused.allowed or ())
             raise ValueError(
                 f"{key} is {value!r}, but only {expected} can be had here: the key {unused.reason}. "
                 "Remove the key or set it so."
@@ -143,6 +219,13 @@ def _drop_unused(tree: Tree) -> list[str]:
         _remove(tree, key)
         dropped.setdefault(unused.reason, []).append(key)
     return [f"accepted and not used: {', '.join(keys)} ({reason})" for reason, keys in dropped.items()]
+
+
+def _is_allowed(unused: Unused, value: Any) -> bool:
+    if unused.allowed is None:
+        return True
+    items = value if unused.each and isinstance(value, (list, tuple)) else [value]
+    return all(_plain(item) in [_plain(allowed) for allowed in unused.allowed] for item in items)
 
 
 def _plain(value: Any) -> Any:
