@@ -21,6 +21,7 @@ SHOWN = 20  # problems printed in full; the rest is counted
 
 _CHUNK = 1 << 22  # characters read at a time
 _SPACE = " \t\n\r"
+_ENDS = (*_SPACE, ",", "]")  # what can stand behind a value
 
 
 class ResultsError(ValueError):
@@ -192,8 +193,9 @@ class _Text:
                 if not self._more():
                     raise
                 continue
-            if end == len(self._buffer) and self._more():
-                continue  # a number may go on
+            open_ended = self._buffer[self.at] not in '{["' and self._buffer[end : end + 1] not in _ENDS
+            if open_ended and self._more():
+                continue  # a number goes on in what is not read yet
             self.at = end
             return value
 
