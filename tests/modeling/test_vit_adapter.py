@@ -228,7 +228,7 @@ def test_chosen_stages_of_a_frozen_vit(images: Tensor) -> None:
     assert {n.split(".")[1] for n, x in model.vit_module.named_parameters() if x.requires_grad} == learnt
 
 
-def test_finetune_is_read_from_the_configuration(tiny_cfg: Any) -> None:
+def test_finetune_is_read_from_the_configuration(tiny_cfg: Any, caplog: pytest.LogCaptureFixture) -> None:
     found = {}
     for finetune in (False, True):
         values = {"FINETUNE": finetune, "FINETUNE_INDEXES": [2], "NAME": "vits", "VIT_WEIGHT": "a.pth"}
@@ -236,6 +236,7 @@ def test_finetune_is_read_from_the_configuration(tiny_cfg: Any) -> None:
         with torch.device("meta"):
             model = D2VitAdapterDinoV2(cfg, ShapeSpec(channels=3))
         assert model.vit_weight == "a.pth"
+        assert "VIT_WEIGHT a.pth is not read" in caplog.text
         found[finetune] = [i for i, b in enumerate(model.vit_module.blocks) if b.mlp.fc1.weight.requires_grad]
     assert found == {False: [], True: [6, 7, 8]}
 

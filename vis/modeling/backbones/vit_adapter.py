@@ -7,6 +7,7 @@ it then runs without gradients and keeps nothing for the backward pass.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate
@@ -24,6 +25,8 @@ from vis.config import closest, declare
 from vis.layers.linear import Linear
 from vis.layers.ms_deform_attn import MSDeformAttn
 from vis.modeling.backbones.dinov2 import NORM_EPS, DinoVisionTransformer
+
+logger = logging.getLogger(__name__)
 
 Grids = tuple[tuple[int, int], ...]
 
@@ -53,7 +56,8 @@ def add_config(cfg: CfgNode) -> None:
     # they are trained.
     node.WITH_CP = False
     node.WITH_CP_VIT = False
-    # A file of DINOv2's own weights for the ViT alone; "": they come with MODEL.WEIGHTS.
+    # Named by released files: DINOv2's own weights for the ViT alone. Here all weights come with MODEL.WEIGHTS, which
+    # takes such a file too, so that what is given here is not read (a line in the log says so).
     node.VIT_WEIGHT = ""
 
 
@@ -177,7 +181,7 @@ class D2VitAdapterDinoV2(Backbone):
         pretrain_grid: patches along a side of the square of the pre-training.
         trained_stages: stages of a frozen ViT that are trained nevertheless.
         checkpoint_extractors, checkpoint_vit: recompute them in the backward pass.
-        vit_weight: file of weights of the ViT alone, kept for the loader of weights; not read here.
+        vit_weight: file of weights of the ViT alone, kept for whoever loads weights; not read here.
         """
         super().__init__()
         if depth % _STAGES:
@@ -213,6 +217,12 @@ class D2VitAdapterDinoV2(Backbone):
         if node.NAME not in SIZES:
             hint = closest(node.NAME, SIZES)
             raise ValueError(f"MODEL.VIT_ADAPTER.NAME is {node.NAME!r}, expected {', '.join(SIZES)}.{hint}")
+        if node.VIT_WEIGHT:
+            logger.warning(
+                "MODEL.VIT_ADAPTER.VIT_WEIGHT %s is not read: the ViT's weights are those in MODEL.WEIGHTS; to start from "
+                "DINOv2 alone, name the file there",
+                node.VIT_WEIGHT,
+            )
         return {
             **SIZES[node.NAME],
             "in_channels": input_shape.channels,
