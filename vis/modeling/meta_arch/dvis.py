@@ -36,6 +36,11 @@ class _DVIS(VideoModel):
     def __init__(self, *, criterion: nn.Module, tracker: ReferringTracker, max_iter: int, **options: Any) -> None:
         """Args: ``max_iter`` iterations of a training; ``options`` of :class:`~vis.modeling.inference.VideoModel`."""
         super().__init__(**options)
+        if not hasattr(tracker, "frame_memory"):
+            raise ValueError(
+                f"MODEL.TRACKER.NAME is {type(tracker).__name__!r}, DVIS needs a tracker of the queries of a frozen "
+                "segmenter, such as 'ReferringTracker'"
+            )
         self.criterion = criterion
         self.tracker = tracker
         self.max_iter = max_iter
