@@ -11,14 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from vis.evaluation import NoGroundTruth, write_json
+from vis.evaluation.ap_breakdown import join_short_and_long, with_long_videos
 from vis.evaluation.ytvis_eval import YTVISResult, evaluate_tracks, read_tracks
-from vis.evaluation.ytvis_io import (
-    GroundTruth,
-    Tracks,
-    join_short_and_long,
-    load_ground_truth,
-    with_long_videos,
-)
+from vis.evaluation.ytvis_io import GroundTruth, Tracks, load_ground_truth
 
 _EPILOG = """\
 exit status: 0 AP was computed; 1 an input is missing, wrong or does not fit the other; 2 wrong usage;

@@ -12,8 +12,8 @@ import pytest
 
 from vis.data.synthetic import generate
 from vis.evaluation import GroundTruthError, evaluate_ytvis
-from vis.evaluation.ap_breakdown import length_groups, occlusion_group
-from vis.evaluation.ytvis_io import GroundTruth, Track, join_short_and_long, load_ground_truth, with_long_videos
+from vis.evaluation.ap_breakdown import join_short_and_long, length_groups, occlusion_group, with_long_videos
+from vis.evaluation.ytvis_io import GroundTruth, Track, load_ground_truth
 
 A, B, C = (1, 1, 5, 5), (6, 6, 10, 12), (1, 7, 4, 11)
 NO, SLIGHT, SEVERE = "no_occlusion", "slight_occlusion", "severe_occlusion"

@@ -159,6 +159,16 @@ BAD_TRUTHS = {
     "unknown video": (lambda g: g["annotations"][0].update(video_id=3), "belongs to video 3"),
     "unknown category": (lambda g: g["annotations"][1].update(category_id=9), "annotation 1 has category 9"),
     "no segmentations": (lambda g: g["annotations"][0].pop("segmentations"), "segmentations.*check_dataset"),
+    "video twice": (lambda g: g["videos"].append(g["videos"][0]), "an id occurs twice among its videos"),
+    "category twice": (
+        lambda g: g["categories"].append({"id": 2, "name": "b"}),
+        "an id occurs twice among its categor",
+    ),
+    "height null": (lambda g: g["videos"][0].update(height=None), r"video 7 has .* = \(None, 13, 4\)"),
+    "height as text": (lambda g: g["videos"][0].update(height="11"), r"\('11', 13, 4\); expected positive numbers"),
+    "areas": (lambda g: g["annotations"][0].update(areas=[4, -9]), r"annotation 0 has areas .*\[4, -9\]"),
+    "areas as text": (lambda g: g["annotations"][0].update(areas=["4"]), "wrong type"),
+    "video a list": (lambda g: g["annotations"][0].update(video_id=[7]), "wrong type"),
     "too many masks": (lambda g: g["annotations"][0]["segmentations"].append(None), "has 5 segmentations.* 4 frames"),
     "size": (lambda g: g["annotations"][0]["segmentations"][2].update(size=[5, 5]), r"\[5, 5\]"),
     "code": (
@@ -279,13 +289,14 @@ def run_tool(tool: ModuleType, files: Path, *options: str, results: str = "resul
 def test_tool_explains(tool: ModuleType, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (files / "long.txt").write_text("9\n\n")
     (files / "long.json").write_text('["9"]')
-    options = ["--per-class", "--track-metrics", "--workers", "2", "--long-videos"]
+    options = ["--per-class", "--track-metrics", "--errors", "--workers", "2", "--long-videos"]
     status, written = run_tool(tool, files, *options, str(files / "long.txt"))
     printed = capsys.readouterr().out
     assert status == 0
     assert written["breakdown"]["ytvis2022"]["short"]["AP"] == pytest.approx(1)
     assert written["class_stats"]["class1"]["AR100"] == pytest.approx(1)
     assert set(written["track_metrics"]) >= {"class_averaged", "per_class"}
+    assert written["errors"]
     assert "ytvis2022: mean" in printed
     assert "HOTA" in printed
     assert "copypaste: AP,AP50,AP75" in printed

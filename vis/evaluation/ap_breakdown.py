@@ -20,12 +20,14 @@ So does YouTube-VIS 2022, whose AP is the mean of those of the short and of the 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vis.evaluation.ytvis_io import GroundTruth, Track
+from vis.evaluation.ytvis_io import GroundTruth, GroundTruthError, Track, Tracks, span_of
 
 OCCLUSION_GROUPS = ("AP_so", "AP_mo", "AP_ho")
 """Slightly, moderately and heavily occluded objects."""
@@ -92,6 +94,43 @@ def ytvis2022_groups(truth: GroundTruth) -> Groups:
     if truth.long_videos is None:
         return {}
     return {"short": frozenset(truth.videos) - truth.long_videos, "long": truth.long_videos}
+
+
+def join_short_and_long(short: GroundTruth, long: GroundTruth) -> GroundTruth:
+    """One ground truth of the two of YouTube-VIS 2022, ``gt_short.json`` and ``gt_long.json``.
+
+    Raises:
+        GroundTruthError: they share a video, or differ in their categories.
+    """
+    common = sorted(set(short.videos) & set(long.videos))
+    if common:
+        raise GroundTruthError(
+            f"the ground truths of the short and of the long videos both hold the videos {common[:10]}: each video "
+            "belongs to one of them. Is one of the two the ground truth of all videos? Name the long ones instead."
+        )
+    if short.categories != long.categories:
+        raise GroundTruthError("the ground truths of the short and of the long videos differ in their categories.")
+    tracks: Tracks = defaultdict(list, {**short.tracks, **long.tracks})
+    return GroundTruth(
+        {**short.videos, **long.videos}, short.categories, tracks, frozenset(long.videos), {**short.names, **long.names}
+    )
+
+
+def with_long_videos(gt: GroundTruth, chosen: Sequence[int | str]) -> GroundTruth:
+    """The same with its long videos named, by id or by the folder of their frames.
+
+    Raises:
+        GroundTruthError: one of them is not in it.
+    """
+    ids = {name: i for i, name in gt.names.items() if name}
+    found = {item if item in gt.videos else ids.get(str(item)) for item in chosen}
+    if None in found or not found:
+        missing = [item for item in chosen if item not in gt.videos and str(item) not in ids]
+        raise GroundTruthError(
+            f"of {len(chosen)} long videos {len(missing)} are not in the ground truth: {missing[:10]}. Give ids or "
+            f"names of videos; it has {len(gt.videos)} videos, {span_of(gt.videos)}."
+        )
+    return replace(gt, long_videos=frozenset(i for i in gt.videos if i in found))
 
 
 def mean_of_groups(groups: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import logging
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,9 @@ __all__ = [
     "Track",
     "Tracks",
     "check_results",
-    "join_short_and_long",
     "load_ground_truth",
     "load_results",
     "make_track",
-    "with_long_videos",
 ]
 
 logger = logging.getLogger(__name__)
@@ -131,6 +129,9 @@ def load_ground_truth(gt: str | Path | Mapping[str, Any]) -> GroundTruth:
     try:
         videos = {video["id"]: _video_size(video) for video in content["videos"]}
         categories = {category["id"]: str(category["name"]) for category in content["categories"]}
+        for kind, kept in (("videos", videos), ("categories", categories)):
+            if len(kept) < len(content[kind]):
+                raise GroundTruthError(f"an id occurs twice among its {kind}.")
         marked = {video["id"] for video in content["videos"] if video.get("long")}
         tracks: Tracks = defaultdict(list)
         for annotation in content["annotations"]:
@@ -151,50 +152,16 @@ def load_ground_truth(gt: str | Path | Mapping[str, Any]) -> GroundTruth:
     )
 
 
-def join_short_and_long(short: GroundTruth, long: GroundTruth) -> GroundTruth:
-    """One ground truth of the two of YouTube-VIS 2022, ``gt_short.json`` and ``gt_long.json``.
-
-    Raises:
-        GroundTruthError: they share a video, or differ in their categories.
-    """
-    common = sorted(set(short.videos) & set(long.videos))
-    if common:
-        raise GroundTruthError(
-            f"the ground truths of the short and of the long videos both hold the videos {common[:10]}: each video "
-            "belongs to one of them. Is one of the two the ground truth of all videos? Name the long ones instead."
-        )
-    if short.categories != long.categories:
-        raise GroundTruthError("the ground truths of the short and of the long videos differ in their categories.")
-    tracks: Tracks = defaultdict(list, {**short.tracks, **long.tracks})
-    return GroundTruth(
-        {**short.videos, **long.videos}, short.categories, tracks, frozenset(long.videos), {**short.names, **long.names}
-    )
-
-
-def with_long_videos(gt: GroundTruth, chosen: Sequence[int | str]) -> GroundTruth:
-    """The same with its long videos named, by id or by the folder of their frames.
-
-    Raises:
-        GroundTruthError: one of them is not in it.
-    """
-    ids = {name: i for i, name in gt.names.items() if name}
-    found = {item if item in gt.videos else ids.get(str(item)) for item in chosen}
-    if None in found or not found:
-        missing = [item for item in chosen if item not in gt.videos and str(item) not in ids]
-        raise GroundTruthError(
-            f"of {len(chosen)} long videos {len(missing)} are not in the ground truth: {missing[:10]}. Give ids or "
-            f"names of videos; it has {len(gt.videos)} videos, {_span(gt.videos)}."
-        )
-    return replace(gt, long_videos=frozenset(i for i in gt.videos if i in found))
-
-
 def _folder(video: Mapping[str, Any]) -> str:
     names = video.get("file_names")
     return str(names[0]).rpartition("/")[0] if names else ""
 
 
 def _video_size(video: Mapping[str, Any]) -> tuple[int, int, int]:
-    return video["height"], video["width"], video["length"] if "length" in video else len(video["file_names"])
+    size = (video["height"], video["width"], video["length"] if "length" in video else len(video["file_names"]))
+    if not all(type(value) is int and value > 0 for value in size):
+        raise GroundTruthError(f"video {video['id']} has (height, width, length) = {size}; expected positive numbers.")
+    return size
 
 
 def _unique_names(categories: dict[int, str]) -> dict[int, str]:
@@ -229,6 +196,8 @@ def _add_annotation(
     given = annotation.get("areas")
     if isinstance(given, list):  # the official code goes by the areas in the file
         track.mean_area = _mean_area(np.array([area or 0 for area in given]))
+        if not 0 <= track.mean_area < np.inf:
+            raise GroundTruthError(f"{name} has areas that are no areas: {given!r:.60}.")
     track.occlusion = _occlusion(annotation.get("occlusion"), name, length)
     tracks[video_id, category_id].append(track)
 
@@ -237,7 +206,8 @@ def _occlusion(levels: Any, name: str, length: int) -> NDArray[np.int64] | None:
     """Places in ``OCCLUSION_LEVELS``; None, with a line in the log, where the list is not of the form of OVIS."""
     if levels is None:
         return None
-    if not isinstance(levels, list) or len(levels) != length or not {*levels} <= {None, *OCCLUSION_LEVELS}:
+    known = (None, *OCCLUSION_LEVELS)
+    if not isinstance(levels, list) or len(levels) != length or not all(level in known for level in levels):
         logger.warning("%s: occlusion is no list of %d of %s; it is left out.", name, length, OCCLUSION_LEVELS)
         return None
     return np.array([-1 if level is None else OCCLUSION_LEVELS.index(level) for level in levels], np.int64)
@@ -333,14 +303,14 @@ def _check_entry(entry: Any, gt: GroundTruth) -> Track:
     video_id, category_id, score, masks = (entry[key] for key in RESULT_KEYS)
     if type(video_id) is not int or video_id not in gt.videos:
         raise ResultsError(
-            f"video_id {video_id!r} is not in the ground truth ({len(gt.videos)} videos, {_span(gt.videos)}). Were the "
-            "results made on another data set or split?",
+            f"video_id {video_id!r} is not in the ground truth ({len(gt.videos)} videos, {span_of(gt.videos)}). Were "
+            "the results made on another data set or split?",
             "of an unknown video",
         )
     if type(category_id) is not int or category_id not in gt.categories:
         raise ResultsError(
             f"video {video_id}: category_id {category_id!r} is not in the ground truth ({len(gt.categories)} "
-            f"categories, {_span(gt.categories)}). Expected the data set's own ids, not the model's labels from 0.",
+            f"categories, {span_of(gt.categories)}). Expected the data set's own ids, not the model's labels from 0.",
             "of an unknown category",
         )
     name = f"video {video_id}, category {category_id}"
@@ -382,7 +352,8 @@ def _check_masks(masks: Any, video: tuple[int, int, int], name: str) -> Track:
         ) from error
 
 
-def _span(ids: Mapping[int, Any]) -> str:
+def span_of(ids: Mapping[int, Any]) -> str:
+    """The range of ids, in words."""
     return f"ids {min(ids)} to {max(ids)}" if ids else "no ids"
 
 
