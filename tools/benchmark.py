@@ -2,6 +2,7 @@
 """Measure speed and memory, with the settings that the figures depend on.
 
     python tools/benchmark.py memory                 # peak memory of inference at 30 and at 300 frames
+    python tools/benchmark.py memory --end-to-end    # a whole evaluation from files, at 50 and at 1000 frames of 720p
     python tools/benchmark.py inference --json out.json
     python tools/benchmark.py inference --against-plain   # and beside it the released architecture in plain PyTorch
     python tools/benchmark.py train                  # a training step
@@ -69,6 +70,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser.add_argument("--output-size", type=size, metavar="HxW", help="size of the results")
     parser.add_argument("--warmup", type=int, metavar="N", help="runs before those that count")
     parser.add_argument("--repeats", type=int, metavar="N", help="runs that count")
+    parser.add_argument(
+        "--end-to-end", action="store_true", help="memory: evaluate a video in files (default model: the demo's)"
+    )
     parser.add_argument("--json", metavar="OUT", help="write figures and settings to this file")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides")
     return parser, parser.parse_args(argv)
@@ -78,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, print, write."""
     parser, args = parse(argv)
     measure, lines, defaults = BENCHMARKS[args.benchmark]
+    if args.end_to_end:
+        if args.benchmark != "memory":
+            parser.error("--end-to-end is an option of memory")
+        defaults = {**defaults, "config_file": memory.END_TO_END_CONFIG, "frames": (50, 1000)}
     if args.against_plain:
         if args.benchmark != "inference":
             parser.error(f"--against-plain belongs to inference, not to {args.benchmark}")

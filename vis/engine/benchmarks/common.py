@@ -50,6 +50,7 @@ class Settings:
         weights: a checkpoint; empty for initial weights.
         manifest: a parity manifest whose formula fills the weights; empty for initial weights.
         warmup, repeats: runs before, and runs that count.
+        end_to_end: ``memory`` evaluates a video in files instead of passing frames to the network.
     """
 
     config_file: str = str(ROOT / "configs" / "minvis" / "ytvis19_r50.yaml")
@@ -63,6 +64,7 @@ class Settings:
     manifest: str = ""
     warmup: int = 1
     repeats: int = 3
+    end_to_end: bool = False
 
 
 class MovingFrames(Sequence[Tensor]):
