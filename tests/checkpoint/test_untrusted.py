@@ -268,3 +268,21 @@ def test_ordinary_files_are_left_alone(tmp_path: Path) -> None:
         torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=new)
         found = read_weights(tmp_path / "model.pth").state
         assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def test_lists_that_hold_one_another(tmp_path: Path) -> None:
+    """Sixty lists of two, each twice the one before: a quintillion paths through some hundred bytes."""
+    nested: list[Any] = []
+    for _ in range(60):
+        nested = [nested, nested]
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps({"model": {"a": np.ones(3)}, "extra": nested}))
+    torch.save({"model": {"a": torch.ones(3)}, "extra": nested}, tmp_path / "w.pth")
+    for name in ("w.pkl", "w.pth"):
+        assert read_weights(tmp_path / name).state["a"].tolist() == [1, 1, 1]
+
+
+def test_one_array_under_many_names(tmp_path: Path) -> None:
+    array = np.asfortranarray(np.ones((300, 100)))
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps({f"a{i}": array for i in range(1000)}))
+    with pytest.raises(ValueError, match=r"declares 240000000 bytes of tensors and has \d+: it is refused"):
+        read_weights(tmp_path / "w.pkl")

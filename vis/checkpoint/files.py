@@ -90,16 +90,13 @@ def read_weights(path: str | PathLike[str]) -> WeightFile:
     caffe2 = isinstance(content.get("blobs"), dict) and "model" not in content
     inside = "blobs" if caffe2 else next((name for name in _CONTAINERS if isinstance(content.get(name), dict)), None)
     state = content if inside is None else content[inside]
-    tensors = {
-        str(key): _tensor(value, str(key), file)
-        for key, value in state.items()
-        if isinstance(value, (Tensor, np.ndarray))
-    }
-    if not tensors:
+    arrays = {str(key): value for key, value in state.items() if isinstance(value, (Tensor, np.ndarray))}
+    if not arrays:
         raise ValueError(f"{file} has no weights in it: found {', '.join(map(str, list(content)[:8])) or 'nothing'}")
-    declared = sum(value.numel() * value.element_size() for value in tensors.values())
-    if declared > _MOST_OF_FILE * file.stat().st_size:
-        raise ValueError(f"{file} declares {declared} bytes of tensors and has {file.stat().st_size}: it is refused")
+    declared, size = sum(value.nbytes for value in arrays.values()), file.stat().st_size
+    if declared > _MOST_OF_FILE * size:  # before any of it is copied
+        raise ValueError(f"{file} declares {declared} bytes of tensors and has {size}: it is refused")
+    tensors = {key: _tensor(value, key, file) for key, value in arrays.items()}
     others = {} if inside is None else {key: value for key, value in content.items() if key != inside}
     return WeightFile(tensors, caffe2 or bool(content.get("matching_heuristics")), file, others)
 

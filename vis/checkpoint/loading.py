@@ -128,10 +128,10 @@ class _Loader:
                 self.report.ignored.append(name)
             else:
                 self.problems.unexpected.append(name)
-        loaded = {self.own[name].data_ptr() for name in self.chosen if self.own[name].numel()}
+        loaded = {self.own[name].data_ptr() for name in self.chosen} - {0}
         for name, value in self.own.items():
             # a parameter that the model has under two names is loaded with the other
-            if name not in self.state and not (value.numel() and value.data_ptr() in loaded):
+            if name not in self.state and value.data_ptr() not in loaded:
                 allowed = self._may_miss(name, permitted)
                 (self.report.missing if allowed else self.problems.missing).append(name)
         # counters of normalisation and tables of indices are no news

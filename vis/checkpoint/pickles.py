@@ -74,15 +74,20 @@ def read_array_pickle(path: Path) -> Any:
 
 
 def _refuse_objects(content: Any) -> None:
-    if isinstance(content, dict):
-        for key, value in content.items():
-            _refuse_objects(key)
-            _refuse_objects(value)
-    elif isinstance(content, (list, tuple, set, frozenset)):
-        for value in content:
-            _refuse_objects(value)
-    elif isinstance(content, np.ndarray):
-        if content.dtype.hasobject:
-            raise ForbiddenContent("an array of Python objects")
-    elif not isinstance(content, (np.generic, str, bytes, int, float, complex, bool, type(None))):
-        raise ForbiddenContent(f"{type(content).__module__}.{type(content).__qualname__}")
+    """Everything in it, each object once: lists that hold one another make more paths than there is time for."""
+    seen: set[int] = set()
+    waiting = [content]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, dict):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            waiting += item
+        elif isinstance(item, np.ndarray):
+            if item.dtype.hasobject:
+                raise ForbiddenContent("an array of Python objects")
+        elif not isinstance(item, (np.generic, str, bytes, int, float, complex, bool, type(None))):
+            raise ForbiddenContent(f"{type(item).__module__}.{type(item).__qualname__}")
