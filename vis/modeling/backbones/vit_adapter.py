@@ -219,8 +219,8 @@ class D2VitAdapterDinoV2(Backbone):
             raise ValueError(f"MODEL.VIT_ADAPTER.NAME is {node.NAME!r}, expected {', '.join(SIZES)}.{hint}")
         if node.VIT_WEIGHT:
             logger.warning(
-                "MODEL.VIT_ADAPTER.VIT_WEIGHT %s is not read: the ViT's weights are those in MODEL.WEIGHTS; to start from "
-                "DINOv2 alone, name the file there",
+                "MODEL.VIT_ADAPTER.VIT_WEIGHT %s is not read: the ViT's weights are those in MODEL.WEIGHTS; to start "
+                "from DINOv2 alone, name the file there",
                 node.VIT_WEIGHT,
             )
         return {
