@@ -7,6 +7,7 @@ import gc
 import itertools
 import multiprocessing
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -267,6 +268,25 @@ def test_what_waits_over_all_videos_is_bounded(videos: list[dict[str, Any]], mon
     assert 3 <= alive.most <= 4 + 2
     gc.collect()
     assert not alive.frames
+
+
+def test_frames_are_read_while_the_model_works(videos: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = count_frames(monkeypatch)
+
+    def work_until(waiting: int, held: int) -> None:
+        deadline = time.monotonic() + 20
+        while len(alive.frames) < waiting + held:
+            assert time.monotonic() < deadline, "nothing is read ahead"
+            time.sleep(0.001)
+
+    batches = iter(VideoLoader(records=videos, min_size=0, max_size=99, read_ahead=4))
+    frames = iter(next(batches)[0]["image"])
+    window = list(islice(frames, 2))
+    work_until(4, held=2)  # three of this video, one of the next
+    window = list(islice(frames, 3))
+    work_until(4, held=3)  # all of the next
+    assert len(window) == 3
+    assert next(batches)[0]["video_id"] == 4
 
 
 def test_error_of_the_next_video_waits_for_its_turn(videos: list[dict[str, Any]]) -> None:

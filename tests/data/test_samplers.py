@@ -1,15 +1,18 @@
-"""The batch sampler: a pure function of seed, ranks and iteration."""
+"""The batch sampler: a pure function of seed, ranks and iteration. Numbers that processes share."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from itertools import count as count_from
 from itertools import islice
 
 import numpy as np
 import pytest
+from torch.distributed import HashStore, distributed_c10d
 
-from vis.data.samplers import ClipBatchSampler, SampleIndex, pools_of, sample_generator
+from vis.data import samplers
+from vis.data.samplers import ClipBatchSampler, SampleIndex, pools_of, sample_generator, shared_numbers
 
 LANDSCAPE = [[True, False, True, True, False, True, True], [True] * 3 + [False] * 2]
 
@@ -119,3 +122,24 @@ def test_wrong_values_are_named() -> None:
         pools_of([[True], []])
     assert [pool.weight for pool in pools_of([[True], [True]], ratios=(1, 3))] == [0.25, 0.75]
     assert np.isclose(sum(pool.weight for pool in pools_of(LANDSCAPE)), 1)
+
+
+def test_one_process_counts_for_itself() -> None:
+    for _ in range(2):
+        assert list(islice(shared_numbers(), 4)) == [0, 1, 2, 3]
+
+
+def test_every_number_goes_to_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    monkeypatch.setattr(samplers.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed_c10d, "_get_default_store", lambda: store)
+    rounds = [count_from(), count_from()]  # of two processes
+
+    def begin(rank: int) -> list[int]:
+        monkeypatch.setattr(samplers, "_rounds", rounds[rank])
+        numbers = shared_numbers()
+        return [next(numbers) for _ in range(3)]
+
+    assert begin(0) == [0, 1, 2]
+    assert begin(0) == [0, 1, 2], "another round begins anew"
+    assert begin(1) == [3, 4, 5], "the first round goes on"
