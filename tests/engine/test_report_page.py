@@ -332,3 +332,15 @@ def test_without_an_image_root(folder: Path, tmp_path: Path, opened: Any) -> Non
     blank = pixels(page, 0)
     page.get_by_role("checkbox", name="Fill").click()
     assert pixels(page, 0) != blank  # masks are drawn all the same
+
+
+def test_frames_that_do_not_fit_are_left_out(folder: Path, tmp_path: Path, opened: Any) -> None:
+    """Numbers and timeline are there for all of them, and no key does harm."""
+    path = write_report(folder / "gt.json", [folder / "a.json"], tmp_path / "r.html", options(folder, max_mb=0.077))
+    assert path.stat().st_size <= 77_000
+    shown = {name: block["frames"] for name, block in blocks(path).items() if name != "summary"}
+    assert len(shown["video-2"]) == 1
+    page = opened(path)
+    for key in ("ArrowRight", "End", "Space", "Space", "j"):
+        page.keyboard.press(key)
+    assert page.locator("#viewer h2").inner_text() == "clip1"

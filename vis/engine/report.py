@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ MOST_RUNS = 2
 FRAMES_PER_VIDEO = 36
 MAX_MB = 20.0
 SCORE_THRESHOLD = 0.3
+_LOG_EVERY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ def write_report(
     _check_arguments(results, output, options)
     content, truth = _read_truth(Path(gt))
     objects = _objects(content, truth)
+    del content["annotations"]  # the tracks hold the same in a third of the memory
     names = list(options.names) or _names([Path(path) for path in results])
     runs = [
         _measure(Path(path), name, truth, options.score_threshold) for path, name in zip(results, names, strict=True)
@@ -138,9 +141,10 @@ def write_report(
             frames_per_video=options.frames_per_video,
             max_bytes=int(options.max_mb * 1e6),
         )
-        for index, video in enumerate(chosen):
+        said = time.monotonic()
+        for count, video in enumerate(chosen, start=1):
             height, width, length = truth.videos[video]
-            size = writer.add(
+            writer.add(
                 ReportVideo(
                     number=video,
                     name=video_name(entries[video]),
@@ -153,7 +157,9 @@ def write_report(
                     read=readers.get(video),
                 )
             )
-            logger.info("video %d of %d: id %d, %d kB", index + 1, len(chosen), video, size // 1000)
+            if time.monotonic() - said > _LOG_EVERY_SECONDS:
+                said = time.monotonic()
+                logger.info("%d of %d videos", count, len(chosen))
         writer.finish()
     return output
 

@@ -59,12 +59,8 @@ class ReportWriter:
             )
         self._put(head.encode())
 
-    def add(self, video: ReportVideo) -> int:
-        """Add a video; the list shows them in the order in which they are added, until it is sorted otherwise.
-
-        Returns:
-            The bytes it took.
-        """
+    def add(self, video: ReportVideo) -> None:
+        """Add a video; the list begins with the order in which they are added."""
         block = video_block(video, frames=self._frames, budget=self._room // self._left)
         self._left -= 1
         self._room -= len(block)
@@ -72,7 +68,6 @@ class ReportWriter:
         self._put(b'<script type="application/json" id="video-%d">' % video.number)
         self._put(block)
         self._put(b"</script>\n")
-        return len(block)
 
     def finish(self) -> None:
         """Write what comes behind the videos."""

@@ -146,6 +146,7 @@ class Player {
 
   go(at) {
     const last = this.video.frames.length - 1;
+    if (last < 0) return; // no frame fitted the size of the report
     this.at = Math.min(last, Math.max(0, at));
     this.drawPanels();
     this.drawCursor();

@@ -29,7 +29,7 @@ function fill(node, attributes, children) {
   return node;
 }
 
-const show = (value, digits = 1) => (value === null || value === undefined ? "\u2013" : value.toFixed(digits));
+const show = (value, digits = 1) => (value === null || value === undefined ? "\u2013" : value.toFixed(digits).replace("-", "\u2212"));
 const percent = (value, digits = 0) => (value === null || value === undefined ? "\u2013" : (100 * value).toFixed(digits));
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
