@@ -22,17 +22,20 @@ bool walk(const uint8_t* code, int64_t length, int64_t num_pixels, Function fore
   int64_t runs[2] = {0, 0};  // the last run and the one before it, by parity
   int64_t position = 0, place = 0, at = 0;
   while (at < length) {
-    int64_t number = 0;
-    int shift = 0;
-    uint8_t bits;
-    do {
-      if (at == length || shift > 30) return false;  // cut off, or longer than any run
-      bits = static_cast<uint8_t>(code[at++] - 48);
+    auto bits = static_cast<uint8_t>(code[at++] - 48);
+    int64_t number = bits - ((bits & 16) << 1);  // most are of one group
+    if (bits > 31) {
+      number = bits & 31;
+      int shift = 5;
+      do {
+        if (bits > 63 || at == length || shift > 30) return false;  // foreign, cut off, or longer than any run
+        bits = static_cast<uint8_t>(code[at++] - 48);
+        number |= static_cast<int64_t>(bits & 31) << shift;
+        shift += 5;
+      } while (bits & 32);
       if (bits > 63) return false;
-      number |= static_cast<int64_t>(bits & 31) << shift;
-      shift += 5;
-    } while (bits & 32);
-    if (bits & 16) number -= int64_t{1} << shift;
+      if (bits & 16) number -= int64_t{1} << shift;
+    }
     if (place > 2) number += runs[place & 1];
     if (number < 0 || number > kLongestRun) return false;
     runs[place & 1] = number;
