@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from vis.modeling.inference.session import Tracks, VideoSession, windows
-from vis.modeling.segmenter import Segmenter, build_segmenter
+from vis.modeling.segmenter import Segmenter, build_segmenter, refuse_segmenter_cache
 from vis.modeling.transformer_decoders.masked import DecoderOutput
 from vis.structures import ClipSample, VideoPrediction
 
 
 class VideoModel(nn.Module):
     """A segmenter of single frames. A method adds its other parts, :meth:`losses` and :meth:`open_tracks`."""
+
+    #: Parts that a training leaves as they are.
+    FROZEN: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, segmenter: Segmenter, window_size: int, max_num: int, mask_score: bool) -> None:
         """Args:
@@ -32,6 +35,8 @@ class VideoModel(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        if "sem_seg_head" not in cls.FROZEN:
+            refuse_segmenter_cache(cfg)
         test = cfg.MODEL.MASK_FORMER.TEST
         return {
             "segmenter": build_segmenter(cfg),

@@ -18,7 +18,7 @@ from vis.modeling.criterions.clip_criterion import RefinerCriterion, TrackerCrit
 from vis.modeling.inference import MaskStore, OnlineTracks, TrackedFrames, VideoModel, class_probabilities
 from vis.modeling.refiners import TemporalRefiner
 from vis.modeling.registry import REFINER_REGISTRY, TRACKER_REGISTRY, lookup
-from vis.modeling.segmenter import as_clips, clip_targets
+from vis.modeling.segmenter import SegmenterCache, as_clips, build_segmenter_cache, cached_segment, clip_targets
 from vis.modeling.trackers import ReferringState, ReferringTracker
 from vis.modeling.transformer_decoders.masked import predict_masks
 from vis.structures import ClipSample, ClipTargets, RefinerOutput, SegmenterClip, TrackerOutput
@@ -33,7 +33,15 @@ class _DVIS(VideoModel):
     #: Parts that are not trained: no gradients, and evaluation mode also while the rest is in training mode.
     FROZEN: ClassVar[tuple[str, ...]] = ("backbone", "sem_seg_head")
 
-    def __init__(self, *, criterion: nn.Module, tracker: ReferringTracker, max_iter: int, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        criterion: nn.Module,
+        tracker: ReferringTracker,
+        max_iter: int,
+        segmenter_cache: SegmenterCache | None = None,
+        **options: Any,
+    ) -> None:
         """Args: ``max_iter`` iterations of a training; ``options`` of :class:`~vis.modeling.inference.VideoModel`."""
         super().__init__(**options)
         if not hasattr(tracker, "frame_memory"):
@@ -44,6 +52,7 @@ class _DVIS(VideoModel):
         self.criterion = criterion
         self.tracker = tracker
         self.max_iter = max_iter
+        self.segmenter_cache = segmenter_cache
         self._iteration = 0
 
     @classmethod
@@ -52,6 +61,7 @@ class _DVIS(VideoModel):
             **super().from_config(cfg),
             "tracker": lookup(TRACKER_REGISTRY, cfg.MODEL.TRACKER.NAME, "MODEL.TRACKER.NAME")(cfg),
             "max_iter": cfg.SOLVER.MAX_ITER,
+            "segmenter_cache": build_segmenter_cache(cfg),
         }
 
     def _freeze(self) -> None:
@@ -77,7 +87,8 @@ class _DVIS(VideoModel):
     @torch.no_grad()
     def segment_clips(self, images: Tensor, num_videos: int) -> SegmenterClip:
         """Frames of ``num_videos`` videos, video after video, (B*T, 3, H, W) -> the frozen segmenter's predictions."""
-        return as_clips(self.segment(images), num_videos)
+        modules = (self.backbone, self.sem_seg_head)
+        return as_clips(cached_segment(self.segmenter_cache, images, modules, self.segment), num_videos)
 
     def prepare(self, samples: Sequence[ClipSample]) -> tuple[SegmenterClip, list[ClipTargets]]:
         """A training batch: what the segmenter says of it, and the targets.
