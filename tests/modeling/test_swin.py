@@ -96,3 +96,21 @@ def test_recomputation_changes_no_gradient_but_keeps_less(tiny_cfg: Any, frozen_
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, msg=name)
     assert kept_again < 0.3 * kept_plain
+
+
+def test_fused_attention_is_that_of_detectron2(tiny_cfg: Any) -> None:
+    """Without gradients the fused kernel, with them the plain formula: several pictures, shifted and plain windows."""
+    torch.manual_seed(0)
+    swin = D2SwinTransformer(tiny_cfg({**TINY, "MODEL.SWIN.DEPTHS": [2, 2, 2, 2]}), ShapeSpec(channels=3)).eval()
+    with torch.no_grad():
+        for parameter in swin.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    images = torch.randn(3, 3, 96, 160)
+    plain = swin(images)
+    with torch.no_grad():
+        fused = swin(images)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = swin(images)
+    for name, x in plain.items():
+        torch.testing.assert_close(fused[name], x, rtol=1e-4, atol=1e-5, msg=name)
+        assert (rough[name].float() - x).abs().max() < 0.1 * x.abs().max(), name

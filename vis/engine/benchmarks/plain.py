@@ -5,11 +5,11 @@
 * deformable attention by ``grid_sample``, level by level (in the pixel decoder and in the ViT adapter);
 * the masks of masked attention from predictions at full size (a quarter of the frame), after every layer and once
   before, resized to the memory level and repeated for every head;
-* attention as ``softmax(QK^T / sqrt(d)) V`` with the matrix in memory, in the decoder, in trackers and in the ViT;
+* attention as ``softmax(QK^T / sqrt(d)) V`` with the matrix in memory, in decoder, trackers, Swin and ViT;
 * linear layers and 1x1 convolutions of torch, frames in torch's usual layout instead of channels last.
 
-The rest (backbone, tracking, encoding of masks, windows) is the same code on both sides, so ratios of the whole are
-those of a released system with our post-processing. Swin's attention is plain on both sides: it is detectron2's.
+The rest (convolutions, tracking, encoding of masks, windows) is the same code on both sides, so ratios of the whole are
+those of a released system with our post-processing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
+from detectron2.modeling.backbone.swin import WindowAttention
 from timm.models.vision_transformer import Attention  # timm.layers has it in new versions only
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ from vis.engine.benchmarks.inference import NETWORK, ModuleClock
 from vis.layers.attention import MultiheadAttention
 from vis.layers.linear import Linear, PointwiseConv2d
 from vis.layers.ms_deform_attn import op, reference
+from vis.modeling.backbones.swin import FusedWindowAttention
 from vis.modeling.segmenter import FrameNormalizer
 from vis.modeling.transformer_decoders.masked import DecoderOutput, MultiScaleMaskedTransformerDecoder
 
@@ -107,6 +109,7 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     MultiheadAttention: PlainAttention,
     MultiScaleMaskedTransformerDecoder: PlainDecoder,
     FrameNormalizer: PlainFrames,
+    FusedWindowAttention: WindowAttention,
 }
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBlock
+from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,6 +39,28 @@ def add_config(cfg: CfgNode) -> None:
     node.OUT_FEATURES = list(_STAGES)
     # Recompute the blocks in the backward pass instead of keeping their activations.
     node.USE_CHECKPOINT = False
+
+
+class FusedWindowAttention(WindowAttention):
+    """Attention in windows by torch's fused kernel where no gradient is wanted.
+
+    With one, the fused kernel does not give that of the position table on CPUs, and torch's way around it is slower
+    than the plain formula.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N windows, L, C) -> the same; ``mask`` (windows of a picture, L, L) is added to the scores."""
+        if torch.is_grad_enabled():
+            return super().forward(x, mask)
+        windows, length, _ = x.shape
+        q, k, v = self.qkv(x).view(windows, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        table = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        bias = table.view(length, length, -1).permute(2, 0, 1)[None]  # (1, heads, L, L)
+        if mask is not None:
+            bias = (bias + mask[:, None]).repeat(windows // len(mask), 1, 1, 1)
+        bias = bias.to(q.dtype).expand(windows, -1, -1, -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class RecomputedBlock(SwinTransformerBlock):
@@ -82,6 +105,8 @@ class D2SwinTransformer(SwinTransformer):
         for module in self.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear  # the same layer, faster on CPUs
+            elif type(module) is WindowAttention:
+                module.__class__ = FusedWindowAttention
             elif use_checkpoint and type(module) is SwinTransformerBlock:
                 module.__class__ = RecomputedBlock
 
