@@ -68,7 +68,7 @@ def build_class_map(cfg: CfgNode) -> ClassMap | None:
     if not cfg.DATASETS.TRAIN:
         raise ValueError(f'MODEL.WEIGHTS_CLASS_MAP "{BY_NAME}" needs DATASETS.TRAIN, whose classes the model has')
     given = cfg.MODEL.WEIGHTS_CLASSES
-    own = tuple(class_names_of(list(cfg.DATASETS.TRAIN)))
+    own = tuple(class_names_of(cfg.DATASETS.TRAIN[-1:]))  # several sets are brought to the classes of the last
     return ClassMap(own, tuple(class_names_of([given])) if given else None)
 
 

@@ -29,6 +29,8 @@ _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _CONTAINERS = ("model", "state_dict", "model_state_dict")
 # Tensors may share memory (a weight under two names), but not be a multiple of the file.
 _MOST_OF_FILE = 8
+#: ``torch.load(weights_only=True)`` takes names of other packages, with aliases, only since this version.
+NUMBERS_ALLOWED = torch.__version__ >= (2, 7)  # type: ignore[operator]  # a TorchVersion compares with tuples
 _READING_ERRORS = (
     RuntimeError,
     pickle.UnpicklingError,
@@ -176,7 +178,7 @@ def _guarded(file: Path, kind: str) -> Any:
 
 def _numbers_allowed() -> AbstractContextManager[None]:
     """Lets ``torch.load`` read NumPy's single numbers: trainings leave them in schedules and metrics."""
-    if not hasattr(torch.serialization, "safe_globals"):  # before torch 2.5
+    if not NUMBERS_ALLOWED:
         return nullcontext()
     core: Any = getattr(np, "_core", None) or np.core
     scalar = core.multiarray.scalar

@@ -1,0 +1,22 @@
+"""MODEL_ZOO.md names configurations that exist."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from pathlib import Path
+
+
+def test_configurations_exist(project_root: Path) -> None:
+    text = (project_root / "MODEL_ZOO.md").read_text(encoding="utf-8")
+    patterns = set(
+        re.findall(r"`(?:configs/)?((?:coco|minvis|dvis|dvisplus|ctvis|vita|idol|iai|demo)/[^`\s]+\.yaml)`", text)
+    )
+    assert len(patterns) > 20
+    for pattern in patterns:
+        choices = [part.split(",") for part in re.findall(r"\{([^}]*)\}", pattern)]
+        for chosen in product(*choices):
+            name = pattern
+            for part in chosen:
+                name = re.sub(r"\{[^}]*\}", part, name, count=1)
+            assert list((project_root / "configs").glob(name)), f"MODEL_ZOO.md names configs/{name}"
