@@ -33,6 +33,7 @@ def test_reads_back_exactly(in_memory: int) -> None:
         assert on_disk == (in_memory < 7 * FRAME_BYTES)
         for t in (6, 0, 3):
             assert torch.equal(store.read(t, list(range(Q))), frame(t))
+            assert torch.equal(store.read(t), frame(t))
         assert store.read(2, []).shape == (0, H, W)
 
 

@@ -178,3 +178,21 @@ def test_dec_layers_counts_the_first_prediction(tiny_cfg: Any, dec_layers: int, 
 def test_too_few_layers(tiny_cfg: Any) -> None:
     with pytest.raises(ValueError, match="DEC_LAYERS is 1; it needs at least 2"):
         MultiScaleMaskedTransformerDecoder(tiny_cfg({"MODEL.MASK_FORMER.DEC_LAYERS": 1}), 32)
+
+
+@torch.no_grad()
+def test_reid_branch_adds_embeddings_and_changes_nothing_else() -> None:
+    plain, model = decoder(), decoder(reid_branch=True)
+    added = set(model.state_dict()) - set(plain.state_dict())
+    assert added == {f"reid_embed.layers.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")}
+    model.load_state_dict(plain.state_dict(), strict=False)
+    memory, mask_features = inputs()
+    expected, found = plain(memory, mask_features), model(memory, mask_features)
+    assert "reid_embeds" not in expected
+    for name in ("pred_logits", "mask_embeds"):
+        assert torch.equal(found[name], expected[name])  # type: ignore[literal-required]
+    reid = found["reid_embeds"]
+    torch.testing.assert_close(reid, model.reid_embed(expected["pred_embeds"]))  # type: ignore[misc]
+    assert torch.equal(found["pred_embeds"], torch.cat([expected["pred_embeds"], reid], dim=-1))
+    assert torch.equal(found["raw_embeds"], torch.cat([expected["raw_embeds"], reid], dim=-1))
+    torch.testing.assert_close(expected["pred_embeds"], plain.decoder_norm(expected["raw_embeds"]))
