@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_utils
 import pytest
+import torch
 
 from vis.evaluation import rle_kernels
 from vis.evaluation.rle_kernels import PackedCodes, intersections
@@ -133,6 +134,18 @@ def test_damaged_codes_are_the_same_ones() -> None:
         assert found[0] == found[1]
         outcomes.add(type(found[0]))
     assert outcomes == {int, str}
+
+
+def test_the_compiled_code_trusts_nothing() -> None:
+    if not rle_kernels.compiled():
+        pytest.skip("vis._C is not built")
+    good, bad = PackedCodes([code(np.ones((H, W)))["counts"]] * 2, H, W), PackedCodes([b"", b"57"], H, W)
+    with pytest.raises(ValueError, match="track 1, frame 1, does not fit its size"):
+        intersections([good, bad], [good], use_compiled=True)
+    text, ends = torch.zeros(5, dtype=torch.uint8), torch.tensor([3, 2, 5])
+    for wrong in (ends, torch.tensor([3, 4]), torch.tensor([-1, 5])):
+        with pytest.raises(RuntimeError, match="ends of run-length codes|last code must end"):
+            torch.ops.vis.rle_areas(text, wrong, H * W)
 
 
 def test_tracks_of_different_videos_are_refused(way: bool) -> None:

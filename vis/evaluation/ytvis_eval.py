@@ -299,8 +299,8 @@ def _by_video(
     kinds = {"length": ap_breakdown.length_groups(truth, bounds), "ytvis2022": ap_breakdown.ytvis2022_groups(truth)}
     breakdown: dict[str, dict[str, Numbers]] = {}
     for kind, groups in kinds.items():
-        if len(groups) < 2:
-            continue
+        if len(groups) < 2 and (bounds is None or not groups):
+            continue  # the one group is all videos, and nobody asked for it
         breakdown[kind] = {}
         for name, videos in groups.items():
             chosen = {key: each for key, each in matches.items() if key[0] in videos}
