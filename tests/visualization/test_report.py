@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -247,3 +248,12 @@ def test_page_is_whole_small_and_the_same_every_time() -> None:
 def test_too_many_videos_for_the_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"2 videos do not fit 0\.1 MB"):
         write([video(), video(number=4)], max_bytes=50_000)
+
+
+def test_numbers_that_alone_are_too_large_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    size = len(write([video()]))
+    assert not caplog.records
+    plain = video()
+    large = replace(plain, truth=[replace(plain.truth[0], name="x" * 20_000), plain.truth[1]])
+    assert len(write([large], max_bytes=size + 10_000)) > size + 10_000
+    assert "more than the" in caplog.text

@@ -355,7 +355,7 @@ def _notes(truth: GroundTruth, runs: Sequence[Run], options: ReportOptions, chos
     for run in runs:
         if run.silent:
             notes.append(f"{run.name}: no prediction for {run.silent} of {len(truth.videos)} videos.")
-        if not any(run.shown.values()):
+        if run.result.num_results and not any(run.shown.values()):
             notes.append(
                 f"{run.name}: no track reaches the score {options.score_threshold:g} (the best has "
                 f"{run.best_score:.3f}), so none is shown; a lower threshold shows more."

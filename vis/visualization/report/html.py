@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import logging
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any, BinaryIO
@@ -13,6 +14,8 @@ from vis.visualization.colors import track_color
 from vis.visualization.report.collect import ReportVideo, dump, summary_row, video_block
 
 SCRIPTS = ("report.js", "player.js", "timeline.js")
+logger = logging.getLogger(__name__)
+
 _MARK = "<!--videos-->"
 _RESERVE = 2000
 _LEAST = 4000  # bytes of a video: its numbers, and the outlines of a frame or two
@@ -29,7 +32,7 @@ class ReportWriter:
         summary: what the tables show, see ``vis.engine.report``; ``title`` is a text.
         videos: how many will be added.
         frames_per_video: pictures of a video, at most.
-        max_bytes: size of the file, at most.
+        max_bytes: size of the file, at most; a warning says where the numbers alone, without any picture, are more.
 
     Raises:
         ValueError: so many videos do not fit that size.
@@ -45,6 +48,7 @@ class ReportWriter:
         max_bytes: int,
     ) -> None:
         self._file = file
+        self._limit, self._written = max_bytes, 0
         self._summary = dict(summary)
         self._frames = frames_per_video
         self._left = videos
@@ -74,9 +78,15 @@ class ReportWriter:
         palette = ["#{:02x}{:02x}{:02x}".format(*track_color(number)) for number in range(_COLOURS)]
         content = dump({**self._summary, "videos": self._rows, "palette": palette}).decode("ascii")
         self._put(self._tail.replace("{{summary}}", content).encode())
+        if self._written > self._limit:
+            logger.warning(
+                "The report has %.2f MB, more than the %.2f that were allowed: its numbers alone take so much. Show "
+                "fewer videos, or only tracks of a higher score.", self._written / 1e6, self._limit / 1e6,
+            )  # fmt: skip
 
     def _put(self, data: bytes) -> None:
         self._file.write(data)
+        self._written += len(data)
 
 
 def _template(title: str) -> str:

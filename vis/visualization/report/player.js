@@ -81,7 +81,7 @@ class Player {
     const step = (text, label, go) => el("button", {type: "button", class: "tool", "aria-label": label, title: label, onclick: go}, text);
     byId("viewer").replaceChildren(...[
       el("div", {class: "viewer-head"}, el("h2", null, this.entry.name),
-        el("span", {class: "sub"}, `#${video.id} \u00b7 ${video.length} frames \u00b7 ${plural(this.objects.length, "object")}`),
+        el("span", {class: "sub"}, `#${video.id} \u00b7 ${plural(video.length, "frame")} \u00b7 ${plural(this.objects.length, "object")}`),
         el("span", {class: "push"}, step("\u2191 Previous", "previous video (k)", () => neighbour(-1)), step("\u2193 Next", "next video (j)", () => neighbour(1)))),
       video.note ? el("p", {class: "note"}, video.note) : null,
       this.toggles(),
