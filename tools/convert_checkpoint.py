@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        if Path(args.output).exists() and Path(args.output).samefile(args.input):
-            raise ValueError(f"{args.output} is the input itself")
         weights = read_weights(args.input)
+        if Path(args.output).exists() and Path(args.output).samefile(weights.path):
+            raise ValueError(f"{args.output} is the input itself")
         result = convert(weights, to=args.to, source=args.source, half=args.half)
         print(f"{args.input}: {result.summary()}")
         if args.config_file:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from vis.checkpoint import STAGES, load_weights
+from vis.engine import load_cfg
+from vis.modeling import build_model
 
 DVIS_ONLINE = {"segmenter": ("tracker.",), "ctvis": ("tracker.",), "dvis_online": ()}
 DVIS_OFFLINE = {"dvis_online": ("refiner.",), "dvis_offline": ()}
@@ -161,6 +163,26 @@ def test_the_methods_declare_known_stages() -> None:
     for item in classes:
         assert set(item.WEIGHT_STAGES) <= set(STAGES), item
         assert () in item.WEIGHT_STAGES.values(), f"{item} cannot be evaluated"
+
+
+def test_the_demo_of_dvis(project_root: Path) -> None:
+    """A real model: its tracker is trained on the demo's segmenter, of which nothing may be made anew."""
+    folder = project_root / "configs" / "demo"
+    options = ["MODEL.DEVICE", "cpu"]
+    model = build_model(load_cfg(str(folder / "dvis_online_synthetic.yaml"), options))
+    report = load_weights(model, folder / "minvis_synthetic.pth")
+    assert report.stage == "segmenter"
+    assert {name.split(".")[0] for name in report.missing} == {"tracker"}
+    with pytest.raises(
+        ValueError, match="a MinVIS segmenter .*but DVISOnline is evaluated with a DVIS online"
+    ):
+        load_weights(model, folder / "minvis_synthetic.pth", training=False)
+    options += ["DATASETS.TRAIN", "('ovis_train',)"]
+    model = build_model(load_cfg(str(folder / "dvis_online_synthetic.yaml"), options))
+    with pytest.raises(
+        ValueError, match="of another set of classes .*this model 25.*leaves sem_seg_head"
+    ):
+        load_weights(model, folder / "minvis_synthetic.pth")
 
 
 def test_an_unknown_stage_is_a_mistake_of_the_method(files: Mapping[str, Path], release: Callable[..., Any]) -> None:

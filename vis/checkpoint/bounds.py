@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-_MOST_OPCODES = 20_000_000
+_MOST_OPCODES = 5_000_000
 _LARGEST_PICKLE = 64 * 2**20  # of the pickle beside the data of a torch file; the largest checkpoints have a few MB
 _MOST_COMPRESSION = 4.0
 _SIZED = {"LONG_BINPUT", "LONG_BINGET"}
