@@ -38,6 +38,7 @@ class _DVIS(VideoModel):
         *,
         criterion: nn.Module,
         tracker: ReferringTracker,
+        num_classes: int,
         max_iter: int,
         segmenter_cache: SegmenterCache | None = None,
         **options: Any,
@@ -51,7 +52,7 @@ class _DVIS(VideoModel):
             )
         self.criterion = criterion
         self.tracker = tracker
-        self.max_iter = max_iter
+        self.num_classes, self.max_iter = num_classes, max_iter
         self.segmenter_cache = segmenter_cache
         self._iteration = 0
 
@@ -60,6 +61,7 @@ class _DVIS(VideoModel):
         return {
             **super().from_config(cfg),
             "tracker": lookup(TRACKER_REGISTRY, cfg.MODEL.TRACKER.NAME, "MODEL.TRACKER.NAME")(cfg),
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
             "max_iter": cfg.SOLVER.MAX_ITER,
             "segmenter_cache": build_segmenter_cache(cfg),
         }
@@ -100,8 +102,10 @@ class _DVIS(VideoModel):
         if len(lengths) != 1:
             raise ValueError(f"clips of one batch must have one length (INPUT.SAMPLING_FRAME_NUM), found {lengths}")
         images = self.normalizer([frame for sample in samples for frame in sample["image"]])
-        size, num_classes = (int(images.shape[-2]), int(images.shape[-1])), self.sem_seg_head.num_classes
-        targets = [clip_targets(sample, size=size, num_classes=num_classes, device=self.device) for sample in samples]
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        targets = [
+            clip_targets(sample, size=size, num_classes=self.num_classes, device=self.device) for sample in samples
+        ]
         return self.segment_clips(images, len(samples)), targets
 
     def _step(self, images: Tensor, state: ReferringState | None) -> tuple[TrackedFrames, ReferringState]:
