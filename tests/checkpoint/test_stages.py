@@ -173,15 +173,11 @@ def test_the_demo_of_dvis(project_root: Path) -> None:
     report = load_weights(model, folder / "minvis_synthetic.pth")
     assert report.stage == "segmenter"
     assert {name.split(".")[0] for name in report.missing} == {"tracker"}
-    with pytest.raises(
-        ValueError, match="a MinVIS segmenter .*but DVISOnline is evaluated with a DVIS online"
-    ):
+    with pytest.raises(ValueError, match="a MinVIS segmenter .*but DVISOnline is evaluated with a DVIS online"):
         load_weights(model, folder / "minvis_synthetic.pth", training=False)
     options += ["DATASETS.TRAIN", "('ovis_train',)"]
     model = build_model(load_cfg(str(folder / "dvis_online_synthetic.yaml"), options))
-    with pytest.raises(
-        ValueError, match="of another set of classes .*this model 25.*leaves sem_seg_head"
-    ):
+    with pytest.raises(ValueError, match="of another set of classes .*this model 25.*leaves sem_seg_head"):
         load_weights(model, folder / "minvis_synthetic.pth")
 
 
