@@ -23,13 +23,16 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import nn
 
+from vis.checkpoint import load_weights
 from vis.config import CfgNode, get_cfg
 from vis.data.synthetic import generate
 from vis.engine import load_cfg
+from vis.engine.trainer import evaluate as evaluate_model
 from vis.engine.trainer import evaluate_only
 from vis.evaluation import PartWriter, ResultsWriteError, VideoInferenceError, resume
 from vis.evaluation.results_writer import part_files, run_key
 from vis.evaluation.resume import Identity, identity_of, prepare_parts, weights_hash
+from vis.modeling import build_model
 
 NAME = "resume_test_videos"
 VIDEOS = 6
@@ -274,6 +277,25 @@ def test_a_finished_evaluation_is_not_computed_again(
     evaluate("out", "INPUT.MIN_SIZE_TEST", "80")
     assert "INPUT.MIN_SIZE_TEST: 96 -> 80" in caplog.text
     assert (folder / "results.json").read_bytes() != results
+
+
+def test_evaluations_of_a_training_do_not_mix(
+    evaluate: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The weights of another iteration are other weights; those after the last one are the ones in the file."""
+    folder = evaluate("out")
+    before = parts_of(folder)
+    cfg = load_cfg("configs/demo/minvis_synthetic.yaml", options(tmp_path / "out"))
+    model = build_model(cfg)
+    load_weights(model, cfg.MODEL.WEIGHTS)
+    evaluate_model(cfg, model)
+    assert parts_of(folder) == before
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.001)
+    caplog.set_level(logging.INFO, logger="vis")
+    evaluate_model(cfg, model)
+    assert not parts_of(folder).items() & before.items()
+    assert "(weights: " in caplog.text
 
 
 def test_damaged_frame_and_its_repair(

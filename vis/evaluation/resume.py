@@ -189,7 +189,11 @@ def prepare_parts(output_dir: str | Path, identity: Identity | None, *, resume: 
         remove_temporary_files(folder)
         remove_temporary_files(folder.parent)
         if identity is not None and resume and _continues(folder, identity):
-            return frozenset(_finished(folder, identity.key))
+            finished = frozenset(_finished(folder, identity.key))
+            if finished:
+                same = "same data set, config, weights and code; TEST.RESUME False starts anew"
+                logger.info("%s holds %d finished videos of this evaluation (%s)", folder, len(finished), same)
+            return finished
         for path in part_files(folder).values():
             path.unlink()
         write_json(folder / RUN_FILE, {"key": ""} if identity is None else identity.content())
