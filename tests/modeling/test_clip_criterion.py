@@ -404,3 +404,48 @@ def test_a_tracker_without_references_has_no_contrastive_loss() -> None:
         TrackerCriterion(contrastive_weight=1.0, **OPTIONS)(
             replace(tracker, references=None), segmenter, [targets()], guided=False
         )
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_mixed_precision(guided: bool) -> None:
+    """Predictions in half precision: losses in float32, near those of the same numbers in float32."""
+
+    def half(part: object, dtype: torch.dtype) -> dict[str, Tensor | None]:
+        values = vars(part).items()
+        return {k: v.to(torch.bfloat16).to(dtype) if v is not None and v.is_floating_point() else v for k, v in values}
+
+    tracker, segmenter = tracked()
+    refiner = refined()
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        parts = [type(part)(**half(part, dtype)) for part in (tracker, segmenter, refiner)]
+        torch.manual_seed(4)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            losses = TrackerCriterion(contrastive_weight=1.0, **OPTIONS)(*parts[:2], [targets()], guided=guided)
+            more = RefinerCriterion(contrastive_weight=1.0, **OPTIONS)(parts[2], parts[0], [targets()], guided=guided)
+        found.append({**losses, **{f"refined {name}": loss for name, loss in more.items()}})
+    for name, loss in found[0].items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, found[1][name], rtol=0.05, atol=0.02, msg=lambda m, name=name: f"{name} {m}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guided", [True, False])
+def test_on_a_gpu(guided: bool) -> None:
+    tracker, segmenter = tracked(videos=2)
+    refiner = refined(videos=2)
+    parts = [
+        type(part)(**{k: None if v is None else v.detach().cuda() for k, v in vars(part).items()})
+        for part in (tracker, segmenter, refiner)
+    ]
+    clips = [ClipTargets(*(x.cuda() for x in vars(clip).values())) for clip in (targets(), targets(IDS[:1], seed=8))]
+    leaves = [parts[0].pred_logits, parts[0].mask_embeds, parts[0].references, parts[2].mask_embeds]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    with torch.autocast("cuda", dtype=torch.float16):
+        losses = TrackerCriterion(contrastive_weight=1.0, **OPTIONS).cuda()(*parts[:2], clips, guided=guided)
+        criterion = RefinerCriterion(contrastive_weight=1.0, **OPTIONS).cuda()
+        more = criterion(parts[2], parts[0], clips, guided=guided)
+    assert all(loss.is_cuda and torch.isfinite(loss) for loss in (*losses.values(), *more.values()))
+    grads = torch.autograd.grad(sum((*losses.values(), *more.values())), leaves)  # type: ignore[arg-type]
+    assert all(torch.isfinite(grad).all() and grad.any() for grad in grads)

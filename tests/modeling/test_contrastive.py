@@ -104,3 +104,13 @@ def test_nothing_to_compare_is_zero_with_a_graph(frames: int, count: int) -> Non
     loss.backward()
     assert x.grad is not None
     assert float(whole_track_loss(x, torch.arange(0), []).detach()) == 0
+
+
+def test_products_are_made_in_float32() -> None:
+    """Embeddings without normalisation have products that half precision cannot hold."""
+    x, queries = 300 * embeds(T, Q, C), torch.tensor([4, 1])
+    memory = [embeds(2, C)] * 2
+    expected = adjacent_frames_loss(x, queries), whole_track_loss(x, queries, memory)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = adjacent_frames_loss(x, queries), whole_track_loss(x, queries, memory)
+    torch.testing.assert_close(found, expected)

@@ -112,7 +112,8 @@ class CTVISCriterion(SetCriterion):
         anchor, key = torch.stack(anchors), torch.stack(keys)  # (M, C), (M, 1 + negatives, C)
         is_positive = torch.zeros(key.shape[:2], dtype=torch.bool, device=key.device)
         is_positive[:, 0] = True
-        similarity = torch.einsum("mc,mkc->mk", anchor, key)
+        with torch.autocast(device_type=key.device.type, enabled=False):
+            similarity = torch.einsum("mc,mkc->mk", anchor, key)
         contrastive = contrastive_loss(similarity, is_positive, ~is_positive).mean()
         return torch.stack([contrastive, cosine_loss(anchor, key, is_positive).mean()])
 

@@ -5,7 +5,8 @@ For an anchor v with positives k+ and negatives k-
     L = log(1 + sum over all pairs (k+, k-) of exp(v.k- - v.k+))
 
 without a temperature. The sum is a product, so L = softplus(logsumexp(v.k-) + logsumexp(-v.k+)), which no number of
-pairs and no size of the products can overflow.
+pairs and no size of the products can overflow. Products are made in float32: those of embeddings without normalisation
+overflow in half precision.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ def adjacent_frames_loss(embeds: Tensor, queries: Tensor) -> Tensor:
         return embeds.float().sum() * 0.0
     pairs = [(t, other) for t in range(1, num_frames) for other in (t - 1, t + 1) if other < num_frames]
     frames, others = torch.tensor(pairs, device=embeds.device).T
-    anchors = embeds[frames][:, queries].float()  # (pairs, n, C)
-    similarity = (anchors @ embeds[others].float().transpose(1, 2)).flatten(0, 1)  # (pairs*n, Q)
+    with torch.autocast(device_type=embeds.device.type, enabled=False):
+        anchors = embeds[frames][:, queries].float()  # (pairs, n, C)
+        similarity = (anchors @ embeds[others].float().transpose(1, 2)).flatten(0, 1)  # (pairs*n, Q)
     positive = F.one_hot(queries, embeds.shape[1]).bool().repeat(len(pairs), 1)
     return contrastive_loss(similarity, positive, ~positive).mean()
 
@@ -93,8 +95,9 @@ def whole_track_loss(embeds: Tensor, queries: Tensor, others: list[Tensor]) -> T
     losses = []
     for query, remembered in zip(queries.tolist(), others, strict=True):
         anchors = embeds[:, query]  # (T, C)
-        in_frame = torch.einsum("tc,tqc->tq", anchors, embeds)
-        similarity = torch.cat([anchors @ anchors.T, in_frame, anchors @ remembered.float().T], dim=1)
+        with torch.autocast(device_type=embeds.device.type, enabled=False):
+            in_frame = torch.einsum("tc,tqc->tq", anchors, embeds)
+            similarity = torch.cat([anchors @ anchors.T, in_frame, anchors @ remembered.float().T], dim=1)
         positive = torch.zeros_like(similarity, dtype=torch.bool)
         positive[:, :num_frames] = True
         negative = ~positive
