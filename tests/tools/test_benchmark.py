@@ -193,7 +193,7 @@ def test_labelled_clip_has_six_visible_instances() -> None:
 def test_memory_figures_follow_an_allocation() -> None:
     before = resident_bytes()
     with sampled_memory(every=0.001) as samples:
-        block = torch.ones(8 << 20)
+        block = torch.ones(16 << 20)  # 64 MiB: up to 32 can come from memory that was freed before and stayed resident
         while len(samples) < 3:
             pass
     assert max(samples) >= before
