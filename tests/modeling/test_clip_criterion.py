@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vis.modeling.criterions import RefinerCriterion, TrackerCriterion
-from vis.modeling.criterions.clip_matching import first_frames, match_by_first_appearance, sample_stack
+from vis.modeling.criterions.clip_matching import (
+    first_frames,
+    match_by_first_appearance,
+    sample_stack,
+    stack_logits,
+)
 from vis.modeling.matchers import HungarianMatcher
 from vis.structures import ClipTargets, RefinerOutput, SegmenterClip, TrackerOutput
 
@@ -319,7 +324,8 @@ def test_stack_samples_are_those_of_the_tall_image() -> None:
     points = torch.rand(1, 500, 2)
     tall = torch.einsum("tqc,tchw->qthw", embeds, features).flatten(1, 2)
     expected = read(tall, points.expand(Q, -1, -1))
-    torch.testing.assert_close(sample_stack(embeds, features, points), expected, rtol=1e-4, atol=1e-5)
+    found = stack_logits(embeds, sample_stack(features, points), points.shape[1])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("guided", [True, False])

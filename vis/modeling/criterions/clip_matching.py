@@ -6,7 +6,7 @@ and after it leaves, the query has to give its class and an empty mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -87,27 +87,40 @@ def match_stacked(
     with torch.autocast(device_type=features.device.type, enabled=False):
         instances = torch.arange(len(target.labels), device=features.device)
         masks = sample_targets(target.masks.flatten(1, 2), instances, points.expand(len(instances), -1, -1))
-        logits = (sample_stack(embeds.float(), features.float(), points) for embeds in mask_embeds)
+        # Features are read once, the logits at all points are held for one layer at a time.
+        samples = sample_stack(features.float(), points)
+        logits = (stack_logits(embeds.float(), samples, points.shape[1]) for embeds in mask_embeds)
         costs = _costs(logits, class_logits, target.labels, masks, matcher)
     return [linear_assignment(cost) for cost in costs]
 
 
-def sample_stack(mask_embeds: Tensor, features: Tensor, points: Tensor) -> Tensor:
-    """Mask logits (Q, P) at ``points`` (1, P, 2) of T frames that lie one below the other, without the dense masks.
+def sample_stack(features: Tensor, points: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What each of T frames, which lie one below the other, gives to ``points`` (1, P, 2) over the whole stack.
 
     A point near the seam of two frames is interpolated between them, as in the tall image: sampling with zeros outside
     gives each frame's share.
 
     Args:
-        mask_embeds: (T, Q, C); features: (T, C, h, w).
+        features: (T, C, h, w).
+
+    Returns:
+        For each frame the indices (p,) of the points it reaches, and its features (C, p) at them.
     """
     num_frames, height = len(features), features.shape[-2]
     row = points[0, :, 1] * num_frames
-    out = mask_embeds.new_zeros(mask_embeds.shape[1], points.shape[1])
+    samples = []
     for frame in range(num_frames):
         near = ((row > frame - 0.5 / height) & (row < frame + 1 + 0.5 / height)).nonzero()[:, 0]
         local = torch.stack([points[0, near, 0], row[near] - frame], dim=-1)
-        out[:, near] += mask_embeds[frame] @ sample_points(features[frame, None], local[None])[0]
+        samples.append((near, sample_points(features[frame, None], local[None])[0]))
+    return samples
+
+
+def stack_logits(mask_embeds: Tensor, samples: Sequence[tuple[Tensor, Tensor]], num_points: int) -> Tensor:
+    """Mask logits (Q, P) of embeddings (T, Q, C) at the points of :func:`sample_stack`, without the dense masks."""
+    out = mask_embeds.new_zeros(mask_embeds.shape[1], num_points)
+    for embeds, (near, sampled) in zip(mask_embeds, samples, strict=True):
+        out[:, near] += embeds @ sampled
     return out
 
 
