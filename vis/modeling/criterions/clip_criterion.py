@@ -119,7 +119,7 @@ class TrackerCriterion(ClipCriterion):
         num_frames = len(features)
         frames = [MaskTargets(target.labels, target.masks[:, t]) for t in range(num_frames)]
         matches = [pairs] * num_frames
-        ce = self.class_losses(logits, [target.labels] * num_frames, matches)
+        ce = self.class_losses(logits, [target.labels.cpu()] * num_frames, matches)  # from the device once
         losses = self.weighted(ce, *self.image_losses(mask_embeds, features, frames, matches, count))
         if self.contrastive_weight:
             if tracker.references is None:
