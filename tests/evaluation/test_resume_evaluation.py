@@ -86,10 +86,7 @@ def other_import(cfg: CfgNode, model: nn.Module, path: Path) -> None:
         (changed("OUTPUT_DIR", value="elsewhere"), None),
     ],
 )
-def test_what_makes_another_evaluation(
-    json_file: Path, change: Callable[..., None], difference: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resume, "_FOLDERS", ("config",))  # the source is not what is tested, and may be edited just now
+def test_what_makes_another_evaluation(json_file: Path, change: Callable[..., None], difference: str | None) -> None:
     cfg, model = get_cfg(), nn.BatchNorm1d(3)
     json_file.with_name("part.py").write_text("WIDTH = 2\n")
     cfg.IMPORTS = [str(json_file.with_name("part.py"))]
@@ -103,9 +100,22 @@ def test_what_makes_another_evaluation(
     assert difference is None or found[0].startswith(difference)
 
 
-def test_the_source_is_part_of_it() -> None:
-    sources = {path.relative_to(resume._ROOT).parts[0] for path in resume._ROOT.rglob("*.py")}
-    assert set(resume._FOLDERS) <= sources | {"csrc"}
+def test_the_source_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(any((resume._ROOT / folder).rglob("*.*")) for folder in resume._FOLDERS)
+    monkeypatch.setattr(resume, "_ROOT", tmp_path)
+    source = tmp_path / "layers" / "deep" / "op.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("x = 1\n")
+    first = resume._source_hash()
+    (tmp_path / "layers" / "notes.txt").write_text("no source")
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "trainer.py").write_text("results do not depend on it")
+    assert resume._source_hash() == first
+    source.write_text("x = 2\n")
+    second = resume._source_hash()
+    (tmp_path / "_C.so").write_bytes(b"compiled")
+    assert len({first, second, resume._source_hash()}) == 3
+    monkeypatch.setattr(resume, "_SOURCE", first)
     assert resume._code_hash([]) != resume._code_hash(["json"])
 
 
