@@ -5,5 +5,6 @@ from __future__ import annotations
 from vis.modeling.meta_arch.ctvis import CTVIS
 from vis.modeling.meta_arch.dvis import DVISOffline, DVISOnline
 from vis.modeling.meta_arch.minvis import MinVIS
+from vis.modeling.meta_arch.vita import VITA
 
-__all__ = ["CTVIS", "DVISOffline", "DVISOnline", "MinVIS"]
+__all__ = ["CTVIS", "DVISOffline", "DVISOnline", "MinVIS", "VITA"]
