@@ -9,8 +9,8 @@
 
 Names of data sets are not its business: their aliases are registered beside the data sets in ``vis.data``.
 
-Covered: Mask2Former (instance segmentation of COCO images), MinVIS, DVIS and DVIS++ with its CTVIS segmenter. Another
-release is one more row in each table.
+Covered: Mask2Former (instance segmentation of COCO images), MinVIS, DVIS and DVIS++ with its CTVIS segmenter, VITA.
+Another release is one more row in each table.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ VALUE_ALIASES: dict[str, dict[str, str]] = {
         "DVIS_Plus_online": "DVISOnline",
         "DVIS_Plus_offline": "DVISOffline",
         "CTMinVIS": "CTVIS",
+        "Vita": "VITA",
     },
     "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": {
         "VideoMultiScaleMaskedTransformerDecoder_frame": "MultiScaleMaskedTransformerDecoder",
         "VideoMultiScaleMaskedTransformerDecoder_minvis": "MultiScaleMaskedTransformerDecoder",
         "VideoMultiScaleMaskedTransformerDecoder_dvis": "MultiScaleMaskedTransformerDecoder",
         "VideoMultiScaleMaskedTransformerDecoder_dvisPlus": "MultiScaleMaskedTransformerDecoder",
+        "VitaMultiScaleMaskedTransformerDecoder": "MultiScaleMaskedTransformerDecoder",
     },
 }
 
@@ -46,6 +48,12 @@ VALUE_ALIASES: dict[str, dict[str, str]] = {
 MOVED_KEYS: dict[str, str] = {
     "MODEL.TRACKER.USE_CL": "MODEL.CLIP_CRITERION.TRACKER_CONTRASTIVE",
     "MODEL.REFINER.USE_CL": "MODEL.CLIP_CRITERION.REFINER_CONTRASTIVE",
+    "MODEL.VITA.TEST_RUN_CHUNK_SIZE": "MODEL.MASK_FORMER.TEST.WINDOW_SIZE",
+}
+
+#: Released name of the meta-architecture -> keys that only its release read, and ours.
+MOVED_KEYS_OF: dict[str, dict[str, str]] = {
+    "Vita": {"TEST.DETECTIONS_PER_IMAGE": "MODEL.MASK_FORMER.TEST.MAX_NUM"},
 }
 
 _DVIS_TESTS: dict[str, Any] = {
@@ -83,6 +91,12 @@ RELEASED_DEFAULTS: dict[str, dict[str, Any]] = {
     "DVIS_Plus_online": _DVIS_PLUS,
     "DVIS_Plus_offline": _DVIS_PLUS,
     "CTMinVIS": {**_DVIS_TESTS, "MODEL.MASK_FORMER.REID_BRANCH": True},
+    "Vita": {
+        "INPUT.SAMPLING_FRAME_NUM": 2,
+        "INPUT.SAMPLING_FRAME_RANGE": 20,
+        "MODEL.MASK_FORMER.TEST.WINDOW_SIZE": 18,
+        "MODEL.MASK_FORMER.TEST.MAX_NUM": 100,
+    },
     "VideoMaskFormer_frame": {
         "INPUT.SAMPLING_FRAME_RANGE": 20,
         "INPUT.SAMPLING_FRAME_SHUFFLE": False,
@@ -121,6 +135,8 @@ _IMAGE_MAPPERS = "was read by the mappers of semantic segmentation only"
 _HEAD = "was read by no released video model"
 _DATA = "is known from the data set itself: its file says what it holds, and classes are mapped by their names"
 _CTVIS = "belongs to studies of CTVIS that no released video model used"
+_VITA = "was read by no released VITA"
+_VITA_MASKS = "set how many frames' masks are made together; here it is one, whatever the result"
 _ENCODER = "steers the transformer of the first MaskFormer; here the encoder is in the pixel decoder"
 
 #: Dotted key -> why it is accepted without effect.
@@ -146,6 +162,9 @@ UNUSED_KEYS: dict[str, Unused] = {
     "MODEL.CL_PLUGIN.BIO_CL": Unused(_CTVIS, (False,)),
     "MODEL.CL_PLUGIN.ONE_DIRECTION": Unused(_CTVIS, (True,)),
     "MODEL.CL_PLUGIN.NOISE_EMBED": Unused(_CTVIS, (False,)),
+    "MODEL.VITA.MULTI_CLS_ON": Unused(_VITA),
+    "MODEL.VITA.APPLY_CLS_THRES": Unused(_VITA),
+    "MODEL.VITA.TEST_INTERPOLATE_CHUNK_SIZE": Unused(_VITA_MASKS),
     "DATASETS.DATASET_NEED_MAP": Unused(_DATA),
     "DATASETS.DATASET_TYPE": Unused(_DATA, ("video_instance", "image_instance"), each=True),
     "DATASETS.DATASET_TYPE_TEST": Unused(_DATA, ("video_instance",), each=True),
@@ -171,9 +190,9 @@ def translate(tree: Mapping[str, Any]) -> tuple[Tree, list[str]]:
     return result, [*_move_keys(result), *_rename_values(result), *_drop_unused(result)]
 
 
-def _move_keys(tree: Tree) -> list[str]:
+def _move_keys(tree: Tree, moved: Mapping[str, str] = MOVED_KEYS) -> list[str]:
     messages = []
-    for released, ours in MOVED_KEYS.items():
+    for released, ours in moved.items():
         value = _get(tree, released)
         if value is None:
             continue
@@ -192,6 +211,7 @@ def _rename_values(tree: Tree) -> list[str]:
             continue
         _set(tree, key, aliases[released])
         messages.append(f"{key}: the released name {released!r} is {aliases[released]!r} here")
+        messages += _move_keys(tree, MOVED_KEYS_OF.get(released, {}))
         messages += _fill_defaults(tree, released)
     return messages
 
