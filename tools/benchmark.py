@@ -10,6 +10,7 @@
     python tools/benchmark.py op-device              # the same on a GPU: device times, against what it must move
     python tools/benchmark.py linear                 # linear layers on a CPU, beside torch's own
     python tools/benchmark.py data                   # the loaders, on the synthetic data set
+    python tools/benchmark.py evaluation             # AP of a large result file, beside going pair by pair
 
 KEY VALUE pairs after --opts change the configuration. Without --weights or --manifest the model has its initial
 weights: fine for time and memory of the network, but its masks have more ragged outlines than those of a trained one,
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 
-from vis.engine.benchmarks import Settings, data, inference, linear, memory, op, op_device, plain, train
+from vis.engine.benchmarks import Settings, data, evaluation, inference, linear, memory, op, op_device, plain, train
 from vis.engine.benchmarks.common import device_name, environment
 
 Benchmark = tuple[Callable[[Settings], dict[str, Any]], Callable[[dict[str, Any]], list[str]], dict[str, Any]]
@@ -41,6 +42,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "train": (train.measure_train, train.lines, {"input_size": (240, 416), "frames": (1,)}),
     "linear": (linear.measure_linear, linear.lines, {"repeats": 10}),
     "data": (data.measure_data, data.lines, {}),
+    "evaluation": (evaluation.measure_evaluation, evaluation.lines, {"frames": (36,), "threads": 2}),
 }
 
 
