@@ -9,7 +9,7 @@
 
 Names of data sets are not its business: their aliases are registered beside the data sets in ``vis.data``.
 
-Covered: Mask2Former (instance segmentation of COCO images), MinVIS, DVIS and DVIS++ with its CTVIS segmenter, VITA.
+Covered: Mask2Former (instance segmentation of COCO images), IDOL, MinVIS, DVIS and DVIS++ with its CTVIS segmenter, VITA.
 Another release is one more row in each table.
 """
 
@@ -49,6 +49,8 @@ MOVED_KEYS: dict[str, str] = {
     "MODEL.TRACKER.USE_CL": "MODEL.CLIP_CRITERION.TRACKER_CONTRASTIVE",
     "MODEL.REFINER.USE_CL": "MODEL.CLIP_CRITERION.REFINER_CONTRASTIVE",
     "MODEL.VITA.TEST_RUN_CHUNK_SIZE": "MODEL.MASK_FORMER.TEST.WINDOW_SIZE",
+    "MODEL.IDOL.NUM_CLASSES": "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+    "MODEL.IDOL.BATCH_INFER_LEN": "MODEL.MASK_FORMER.TEST.WINDOW_SIZE",
 }
 
 #: Released name of the meta-architecture -> keys that only its release read, and ours.
@@ -139,6 +141,10 @@ _VITA = "was read by no released VITA"
 _VITA_MASKS = "set how many frames' masks are made together; here it is one, whatever the result"
 _ENCODER = "steers the transformer of the first MaskFormer; here the encoder is in the pixel decoder"
 
+_IDOL = "was read by nothing in the release of IDOL that had an effect"
+_IDOL_MEMORY = "moved masks off the device; here they are encoded frame by frame"
+_IDOL_PAIRS = "trained on two crops of one COCO image, which is not implemented; start from the released cocopretrain file"
+
 #: Dotted key -> why it is accepted without effect.
 UNUSED_KEYS: dict[str, Unused] = {
     "MODEL.RESNETS.STEM_TYPE": Unused(_STEM, ("basic",)),
@@ -171,6 +177,16 @@ UNUSED_KEYS: dict[str, Unused] = {
     "INPUT.COLOR_AUG_SSD": Unused(_IMAGE_MAPPERS, (False,)),
     "INPUT.SIZE_DIVISIBILITY": Unused(_IMAGE_MAPPERS),
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": Unused(_IMAGE_MAPPERS),
+    "MODEL.IDOL.SET_COST_CLASS": Unused(_IDOL),
+    "MODEL.IDOL.SET_COST_BOX": Unused(_IDOL),
+    "MODEL.IDOL.SET_COST_GIOU": Unused(_IDOL),
+    "MODEL.IDOL.MATCH_STRIDE": Unused(_IDOL),
+    "MODEL.IDOL.CLIP_STRIDE": Unused(_IDOL),
+    "MODEL.IDOL.MASK_STRIDE": Unused("is fixed: masks are predicted and compared at this stride", (4,)),
+    "MODEL.IDOL.MERGE_ON_CPU": Unused(_IDOL_MEMORY),
+    "FIND_UNUSED_PARAMETERS": Unused(_IDOL),
+    "INPUT.COCO_PRETRAIN": Unused(_IDOL_PAIRS, (False,)),
+    "INPUT.PRETRAIN_SAME_CROP": Unused(_IDOL_PAIRS, (False,)),
 }
 
 

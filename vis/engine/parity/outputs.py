@@ -60,7 +60,8 @@ def check_outputs(model: nn.Module, path: str | Path, only: Sequence[str] = ()) 
         actual = {name: _first_frames(name, array, recorded) for name, array in actual.items()}
     checks = [_check_array(name, recorded, actual) for name in names if name not in _RESULTS]
     if found is not None:
-        undecided = _undecided_pixels(actual.get("pred_masks"), frames.shape)
+        # Mask logits in track order: recorded ones, or beside them where recorded masks are those of all queries.
+        undecided = _undecided_pixels(actual.get("track_masks", actual.get("pred_masks")), frames.shape)
         checks += _check_results(found, recorded, len(frames), undecided)
     return checks
 

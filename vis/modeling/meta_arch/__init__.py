@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from vis.modeling.meta_arch.ctvis import CTVIS
 from vis.modeling.meta_arch.dvis import DVISOffline, DVISOnline
+from vis.modeling.meta_arch.idol import IDOL
 from vis.modeling.meta_arch.minvis import MinVIS
 from vis.modeling.meta_arch.vita import VITA
 
-__all__ = ["CTVIS", "DVISOffline", "DVISOnline", "MinVIS", "VITA"]
+__all__ = ["CTVIS", "IDOL", "DVISOffline", "DVISOnline", "MinVIS", "VITA"]

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from vis.config import CfgNode, declare
+from vis.modeling.trackers.memory_bank import MemoryBankState, MemoryBankTracker
 from vis.modeling.trackers.query_matching import QueryMatchingState, QueryMatchingTracker, match_queries
 from vis.modeling.trackers.referring import ReferringState, ReferringTracker
 
-__all__ = ["QueryMatchingState", "QueryMatchingTracker", "ReferringState", "ReferringTracker", "match_queries"]
+__all__ = [
+    "MemoryBankState",
+    "MemoryBankTracker",
+    "QueryMatchingState",
+    "QueryMatchingTracker",
+    "ReferringState",
+    "ReferringTracker",
+    "match_queries",
+]
 
 
 @declare
