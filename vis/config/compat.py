@@ -9,8 +9,8 @@
 
 Names of data sets are not its business: their aliases are registered beside the data sets in ``vis.data``.
 
-Covered: Mask2Former (instance segmentation of COCO images), IDOL, MinVIS, DVIS and DVIS++ with its CTVIS segmenter, VITA.
-Another release is one more row in each table.
+Covered: Mask2Former (instance segmentation of COCO images), MinVIS, DVIS and DVIS++ with its CTVIS segmenter, VITA,
+IDOL. Another release is one more row in each table.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ _ENCODER = "steers the transformer of the first MaskFormer; here the encoder is 
 
 _IDOL = "was read by nothing in the release of IDOL that had an effect"
 _IDOL_MEMORY = "moved masks off the device; here they are encoded frame by frame"
-_IDOL_PAIRS = "trained on two crops of one COCO image, which is not implemented; start from the released cocopretrain file"
+_IDOL_PAIRS = "trained on two crops of one COCO image, which is not here; start from the released cocopretrain weights"
 
 #: Dotted key -> why it is accepted without effect.
 UNUSED_KEYS: dict[str, Unused] = {
