@@ -349,7 +349,9 @@ def test_absent_instances_are_no_targets(tiny_model: Callable[..., MinVIS]) -> N
 def test_targets_are_padded_like_the_frames(tiny_model: Callable[..., MinVIS], monkeypatch: pytest.MonkeyPatch) -> None:
     """Clips of two sizes in one batch: masks lie where they lay, and what is added is background."""
     model, found = tiny_model().train(), []
-    monkeypatch.setattr(model.criterion, "forward", lambda outputs, targets: found.extend(targets) or {})
+    monkeypatch.setattr(
+        model.criterion, "losses_and_matches", lambda outputs, targets: (found.extend(targets) or {}, [])
+    )
     samples = [labelled(video(1, 2), [[True, True], [False, True]]), labelled(video(2, 1, 56, 104), [[True]])]
     model(samples)
     assert [(target.labels.tolist(), target.masks.shape) for target in found] == [

@@ -11,6 +11,7 @@ from torch import nn
 
 from vis.config import declare
 from vis.layers.ms_deform_attn import set_backend
+from vis.modeling.heads.build import refuse_unused
 from vis.modeling.registry import lookup
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,9 @@ def build_model(cfg: CfgNode) -> nn.Module:
     """
     device = resolve_device(cfg.MODEL.DEVICE)
     set_backend(cfg.MODEL.MS_DEFORM_ATTN_BACKEND, device.type)
-    model = lookup(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")(cfg)
+    architecture = lookup(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
+    refuse_unused(cfg, architecture)
+    model = architecture(cfg)
     logger.info("%s on %s, %.1f M parameters", type(model).__name__, device, _millions(model))
     return model.to(device)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from vis.modeling.heads.boundary import BoundaryHead
 from vis.modeling.heads.mask_former import MaskFormerHead
+from vis.modeling.heads.quality import QualityHead
 
-__all__ = ["MaskFormerHead"]
+__all__ = ["BoundaryHead", "MaskFormerHead", "QualityHead"]

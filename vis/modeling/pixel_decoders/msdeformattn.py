@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vis.config import declare
+from vis.layers.batch_former import BatchFormers
 from vis.layers.linear import Linear
 from vis.layers.ms_deform_attn import MSDeformAttn
 from vis.layers.position_encoding import sine_position_encoding
+from vis.modeling.pixel_decoders.batch_former import build_batch_former
 from vis.modeling.registry import PIXEL_DECODER_REGISTRY
 
 Shapes = list[tuple[int, int]]
@@ -75,15 +77,18 @@ class Encoder(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.layers = nn.ModuleList(EncoderLayer(**layer) for _ in range(num_layers))
 
-    def forward(self, x: Tensor, pos: Tensor, shapes: Shapes) -> Tensor:
-        """(N, S, C) -> (N, S, C)."""
+    def forward(self, x: Tensor, pos: Tensor, shapes: Shapes, bf: BatchFormers | None = None) -> Tensor:
+        """(N, S, C) -> (N, S, C); 2N with ``bf`` in training, see :class:`~vis.layers.batch_former.BatchFormers`."""
         starts = [0, *accumulate(h * w for h, w in shapes[:-1])]
-        reference_points = cell_centres(tuple(shapes), x.device)
-        for layer in self.layers:
+        arguments = (pos, cell_centres(tuple(shapes), x.device), shapes, starts)
+
+        def run(layer: nn.Module, x: Tensor) -> Tensor:
             if self.use_checkpoint and self.training:
-                x = checkpoint(layer, x, pos, reference_points, shapes, starts, use_reentrant=False)
-            else:
-                x = layer(x, pos, reference_points, shapes, starts)
+                return checkpoint(layer, x, *arguments, use_reentrant=False)
+            return layer(x, *arguments)
+
+        for i, layer in enumerate(self.layers):
+            x = run(layer, x) if bf is None else bf.run(i, partial(run, layer), x, shapes)
         return x
 
 
@@ -102,20 +107,23 @@ def cell_centres(shapes: tuple[tuple[int, int], ...], device: torch.device) -> T
 class DeformableTransformer(nn.Module):
     """Adds position and level to the levels and runs the encoder; holds the released parameter names."""
 
-    def __init__(self, *, embed_dim: int, num_levels: int, num_layers: int, **layer: Any) -> None:
+    def __init__(
+        self, *, embed_dim: int, num_levels: int, num_layers: int, batch_former: BatchFormers | None, **layer: Any
+    ) -> None:
         super().__init__()
+        self.bf = batch_former
         self.encoder = Encoder(num_layers=num_layers, embed_dim=embed_dim, num_levels=num_levels, **layer)
         self.level_embed = nn.Parameter(torch.randn(num_levels, embed_dim))
 
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """Maps (N, C, h_l, w_l), coarse to fine -> maps of the same sizes."""
+        """Maps (N, C, h_l, w_l), coarse to fine -> maps of the same sizes; 2N with a second stream."""
         shapes = [(int(x.shape[2]), int(x.shape[3])) for x in levels]
         tokens, positions = [], []
         for x, embed in zip(levels, self.level_embed, strict=True):
             pos = sine_position_encoding(int(x.shape[2]), int(x.shape[3]), int(x.shape[1]), x.device)
             positions.append(pos.flatten(2).transpose(1, 2) + embed)  # (1, h*w, C)
             tokens.append(x.flatten(2).transpose(1, 2))  # (N, h*w, C)
-        out = self.encoder(torch.cat(tokens, dim=1), torch.cat(positions, dim=1), shapes)
+        out = self.encoder(torch.cat(tokens, dim=1), torch.cat(positions, dim=1), shapes, self.bf)
         split = out.split([h * w for h, w in shapes], dim=1)
         return [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(split, shapes, strict=True)]
 
@@ -140,8 +148,12 @@ class MSDeformAttnPixelDecoder(nn.Module):
         num_points: int,
         feedforward_dim: int,
         dropout: float,
+        batch_former: BatchFormers | None = None,
     ) -> None:
-        """Args: ``input_shape`` gives channels and stride of each backbone feature that is used, by name."""
+        """Args:
+        input_shape: channels and stride of each backbone feature that is used, by name.
+        batch_former: a second stream in training, which doubles the number of frames that come out.
+        """
         super().__init__()
         absent = [name for name in transformer_in_features if name not in input_shape]
         if absent:
@@ -159,6 +171,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             embed_dim=conv_dim,
             num_levels=len(self.transformer_in_features),
             num_layers=num_encoder_layers,
+            batch_former=batch_former,
             use_checkpoint=encoder_checkpoint,
             feedforward_dim=feedforward_dim,
             num_heads=num_heads,
@@ -201,10 +214,15 @@ class MSDeformAttnPixelDecoder(nn.Module):
             "num_points": head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
             "feedforward_dim": head.DEFORMABLE_TRANSFORMER_ENCODER_DIM_FEEDFORWARD,
             "dropout": cfg.MODEL.MASK_FORMER.DROPOUT,
+            "batch_former": build_batch_former(
+                cfg, embed_dim=head.CONVS_DIM, encoder_layers=head.TRANSFORMER_ENC_LAYERS
+            ),
         }
 
     def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Backbone features (N, c, h, w) by name -> mask features (N, C, H/4, W/4) and memory, coarse to fine.
+
+        With a second stream 2N: all frames as they are, then all that went through the BatchFormer.
 
         Runs in float32 also under autocast: half-precision sampling positions are off by up to a pixel.
         """
@@ -217,12 +235,14 @@ class MSDeformAttnPixelDecoder(nn.Module):
             finest = memory[-1]
             for i, name in reversed(list(enumerate(self.fpn_in_features, start=1))):
                 lateral = self.get_submodule(f"adapter_{i}")(features[name].float())
+                if len(lateral) < len(finest):
+                    lateral = lateral.repeat(2, 1, 1, 1)  # for the second stream too
                 up = F.interpolate(finest, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
                 finest = self.get_submodule(f"layer_{i}")(lateral + up)
             return self.mask_features(finest), memory
 
 
-def _groups(channels: int) -> int:
+def num_groups(channels: int) -> int:
     """32 groups as released; fewer for narrow models, so that a group keeps at least 8 channels."""
     return math.gcd(32, max(channels // 8, 1))
 
@@ -231,11 +251,11 @@ def _projection(in_channels: int, out_channels: int) -> nn.Sequential:
     conv = Conv2d(in_channels, out_channels, 1)
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # there is one: bias=True
-    return nn.Sequential(conv, nn.GroupNorm(_groups(out_channels), out_channels))
+    return nn.Sequential(conv, nn.GroupNorm(num_groups(out_channels), out_channels))
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str, activation: Any = None) -> Conv2d:
-    normalise = nn.GroupNorm(_groups(out_channels), out_channels) if norm == "GN" else get_norm(norm, out_channels)
+    normalise = nn.GroupNorm(num_groups(out_channels), out_channels) if norm == "GN" else get_norm(norm, out_channels)
     conv = Conv2d(
         in_channels,
         out_channels,
