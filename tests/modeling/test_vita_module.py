@@ -148,6 +148,18 @@ def test_in_training_four_frames_are_one_window_at_test_time_two() -> None:
     torch.testing.assert_close(module().train().encode(x[:, :, :3]), module().encode(x[:, :, :3]))
 
 
+@pytest.mark.parametrize("project", [True, False])
+def test_gradients_or_not(project: bool) -> None:
+    """Without them the encoder works in place, but not on what it was given."""
+    built = module(in_dim=HIDDEN, enforce_input_proj=project)
+    given = torch.randn(LAYERS, CLIPS, 40, FRAME_QUERIES, HIDDEN)
+    kept = given.clone()
+    with torch.no_grad():
+        found = built.encode(given)
+    assert torch.equal(given, kept)
+    torch.testing.assert_close(found, built.encode(given).detach())
+
+
 @torch.no_grad()
 def test_order_within_a_window_does_not_matter() -> None:
     built, x = module(num_encoder_layers=1), queries(9)

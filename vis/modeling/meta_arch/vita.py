@@ -261,7 +261,7 @@ class WholeVideoTracks:
     """A video that is taken whole: queries of all frames are kept, mask features stored, masks made at the end.
 
     What grows with the video in working memory is F*C numbers a frame (0.1 MB for 100 queries of 256 channels), about
-    six times that while the module runs.
+    five times that while the module runs.
     """
 
     def __init__(self, model: VITA) -> None:

@@ -136,15 +136,20 @@ class VitaModule(nn.Module):
 
     def encode(self, frame_queries: Tensor) -> Tensor:
         """(L, B, T, F, C) -> (L, B, T, F, C): every query knows those of the frames around it."""
+        # Groups of a layer do not see one another: without gradients each is written over what it came from.
+        in_place = not torch.is_grad_enabled()
         x = self.input_proj_dec(frame_queries).flatten(0, 1)  # (L*B, T, F, C)
+        if in_place and isinstance(self.input_proj_dec, nn.Identity):
+            x = x.clone()
         shifts = self.shift_in_training or not self.training
         for i, (attention, ffn) in enumerate(zip(self.enc_self_attn, self.enc_ffn, strict=True)):
             parts = []
             for start, size, count in frame_groups(x.shape[1], self.window_size, shifted=shifts and i % 2 == 1):
                 part = x[:, start : start + size * count]
                 groups = part.unflatten(1, (count, size)).flatten(2, 3).flatten(0, 1)  # (L*B*count, size*F, C)
-                parts.append(ffn(attention(groups)).view(part.shape))
-            x = torch.cat(parts, dim=1)
+                out = ffn(attention(groups)).view(part.shape)
+                parts.append(part.copy_(out) if in_place else out)
+            x = x if in_place else torch.cat(parts, dim=1)
         return x.unflatten(0, frame_queries.shape[:2])
 
     def decode(self, tokens: Tensor) -> VitaOutput:
