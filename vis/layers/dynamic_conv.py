@@ -49,7 +49,7 @@ def dynamic_convs(features: Tensor, parameters: Tensor, x: Tensor, y: Tensor, wi
     weights, biases = split_parameters(parameters, widths)
     n, (channels, height, width) = len(parameters), features.shape
     first = weights[0]
-    out = (first[:, :, 2:].flatten(0, 1) @ features.reshape(channels, -1)).view(n, -1, height, width)
+    out = (first[:, :, 2:].flatten(0, 1) @ features.reshape(channels, -1)).view(n, first.shape[1], height, width)
     out = out + (first[:, :, :1] * x[:, None])[:, :, None, :]
     out = out + (first[:, :, 1:2] * y[:, None] + biases[0][:, :, None])[..., None]
     out = out.flatten(2)

@@ -100,7 +100,7 @@ def _dynamic_k(cost: Tensor, iou: Tensor, num_candidates: int) -> Tensor:
 
 
 def _keep_cheapest(chosen: Tensor, cost: Tensor, rows: Tensor) -> None:
-    """Leave each of the marked queries to the instance for which it costs least."""
+    """Leave each of the marked queries to the instance for which it costs least, whoever asked for it, as in YOLOX."""
     cheapest = cost[rows].argmin(dim=1)
     chosen[rows] = torch.nn.functional.one_hot(cheapest, cost.shape[1]).bool()
 

@@ -120,8 +120,8 @@ class MemoryBankTracker(nn.Module):
         embeds = detections.embeds.detach().float().cpu()
         ids = self._link(embeds, state) if state.tracklets and scores else [-1] * len(scores)
         threshold = self.new_score if state.tracklets else self.first_score
-        for row, score in enumerate(scores):
-            if ids[row] < 0 and score > threshold:
+        for row, above in enumerate((detections.scores > threshold).tolist()):
+            if ids[row] < 0 and above:
                 ids[row] = state.next_id
                 state.next_id += 1
         for track_id, embed, score in zip(ids, embeds, scores, strict=True):
