@@ -186,7 +186,8 @@ class DeformableDETR(nn.Module):
 
     def class_logits(self, decoded: DecodedLayer, layer: int) -> Tensor:
         """(N, Q, K) of one decoder layer; sigmoid, without a class for no object."""
-        return self.class_embed[layer](decoded.queries)
+        with torch.autocast(device_type=decoded.queries.device.type, enabled=False):
+            return self.class_embed[layer](decoded.queries)
 
 
 def _projection(conv: nn.Conv2d) -> nn.Sequential:

@@ -34,7 +34,7 @@ def encode_logits(
     As released by IDOL: bilinear to the padded input, cut to the input, cut at 0, nearest to the original size.
     """
     coded: list[RLE | None] = []
-    for chunk in logits.split(_CHUNK):
+    for chunk in logits.split(_CHUNK) if len(logits) else ():
         # Transposed throughout: the encoder wants columns.
         full = chunk.transpose(1, 2)[None].float()
         full = F.interpolate(full, size=padded_size[::-1], mode="bilinear", align_corners=False)
