@@ -264,6 +264,16 @@ def test_images_and_clips_without_instances(build: Build, frames: int) -> None:
     model.eval()
 
 
+def test_half_precision(model: Any) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model([video(1, 14)])[0]
+        losses = model.train()([labelled(1)])
+    model.eval()
+    assert torch.isfinite(found.scores).all()
+    assert any(rle is not None for masks in found.masks for rle in masks)
+    assert all(bool(torch.isfinite(loss)) for loss in losses.values())
+
+
 def test_clips_of_one_batch_have_one_length(build: Build) -> None:
     model = build().train()
     with pytest.raises(ValueError, match="one length"):
@@ -309,6 +319,8 @@ def test_what_a_training_starts_from(build: Build, tmp_path: Path) -> None:
         ({"MODEL.VITA.LAST_LAYER_NUM": 0}, "LAST_LAYER_NUM is 0"),
         ({"MODEL.VITA.TEST.CLIP_STRIDE": 19}, "CLIP_STRIDE is 19"),
         ({"MODEL.VITA.TEST.CLIP_STRIDE": 0}, "CLIP_STRIDE is 0"),
+        ({"MODEL.VITA.TEST.MATCH_STRIDE": 2}, "MATCH_STRIDE must be at least"),
+        ({"MODEL.VITA.TEST.CLIP_MODE": True, "MODEL.VITA.TEST.CAND_MAX": 0}, "CAND_MAX 0 at least 1"),
         ({"MODEL.MASK_FORMER.DEEP_SUPERVISION": False}, "DEEP_SUPERVISION True"),
         ({"MODEL.VITA.TEST.CLIP_MODE": True, "MODEL.VITA.TEST.MATCH": "iou"}, "TEST.MATCH is 'iou'"),
     ],

@@ -129,6 +129,8 @@ class VITA(VideoModel):
             raise ValueError(
                 f"MODEL.VITA.TEST.CLIP_STRIDE is {clip_stride}, expected 1 to CLIP_LENGTH ({clip_length}) frames"
             )
+        if match_reduction < 1:
+            raise ValueError("MODEL.VITA.TEST.MATCH_STRIDE must be at least MODEL.SEM_SEG_HEAD.COMMON_STRIDE")
         self.criterion = criterion
         self.vita_module = vita_module
         self.vita_criterion = vita_criterion

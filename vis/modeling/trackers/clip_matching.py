@@ -114,6 +114,8 @@ class ClipMatcher:
         """
         if score not in ("ifc", "masktrack"):
             raise ValueError(f'MODEL.VITA.TEST.MATCH is {score!r}, expected "ifc" or "masktrack"')
+        if topk < 0 or max_num < 1:
+            raise ValueError(f"MODEL.VITA.TEST: CAND_TOPK {topk} must be at least 0 and CAND_MAX {max_num} at least 1")
         self.score, self.threshold, self.reid = score, threshold, reid
         self.topk, self.max_num, self.min_score = topk, max_num, min_score
 
