@@ -74,14 +74,20 @@ class IDOLCriterion(nn.Module):
     def forward(
         self, detr: InstanceDETR, found: Detections, keys: Sequence[FrameTargets], references: Sequence[FrameTargets]
     ) -> dict[str, Tensor]:
-        """Weighted losses of B pairs.
+        """Weighted losses of B pairs: the first of what :meth:`losses_and_matches` gives."""
+        return self.losses_and_matches(detr, found, keys, references)[0]
+
+    def losses_and_matches(
+        self, detr: InstanceDETR, found: Detections, keys: Sequence[FrameTargets], references: Sequence[FrameTargets]
+    ) -> tuple[dict[str, Tensor], list[Assignment], Tensor]:
+        """Weighted losses of B pairs, the queries that the last layer assigned in each key frame, and the mask features
+        (B, 8, h, w) of the key frames.
 
         Args:
             found: of 2B frames: key, reference, key, reference ...
 
-        Returns:
-            ``loss_ce``, ``loss_bbox``, ``loss_giou``, ``loss_mask``, ``loss_dice``, the same with ``_{i}`` for earlier
-            decoder layers, ``loss_reid`` and ``loss_reid_aux``.
+        The losses are ``loss_ce``, ``loss_bbox``, ``loss_giou``, ``loss_mask``, ``loss_dice``, the same with ``_{i}``
+        for earlier decoder layers, ``loss_reid`` and ``loss_reid_aux``.
         """
         last = len(found.layers) - 1
         features = detr.mask_features([level[::2] for level in found.maps])
@@ -100,7 +106,7 @@ class IDOLCriterion(nn.Module):
         losses["loss_reid_aux"] = 1.5 * self.weights.reid * auxiliary
         # What nothing reads takes part, or data-parallel training would wait for its gradients forever.
         losses["loss_ce"] = losses["loss_ce"] + attached_zero(features, *found.unused)
-        return losses
+        return losses, matches, features
 
     def _match(self, logits: Tensor, boxes: Tensor, target: FrameTargets) -> Assignment:
         cost, iou = ota_costs(logits, boxes, target.labels, target.boxes)

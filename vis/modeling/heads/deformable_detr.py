@@ -16,11 +16,17 @@ from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
+from vis.layers.batch_former import BatchFormers
 from vis.layers.linear import Linear, speed_up_pointwise
 from vis.layers.mlp import MLP
 from vis.modeling.heads.contrastive import ContrastiveHead
 from vis.modeling.heads.dynamic_mask import MaskBranch, build_controller, dynamic_masks
-from vis.modeling.pixel_decoders.deformable_encoder import DeformableEncoder, PaddedLevels, valid_position_encoding
+from vis.modeling.pixel_decoders.deformable_encoder import (
+    DeformableEncoder,
+    PaddedLevels,
+    repeated,
+    valid_position_encoding,
+)
 from vis.modeling.transformer_decoders.deformable_detr import DecodedLayer, DeformableDecoder, Memory
 
 Sizes = Sequence[tuple[int, int]]
@@ -57,8 +63,10 @@ class DeformableTransformer(nn.Module):
         dropout: float,
         encoder_checkpoint: bool,
         bbox_embed: nn.ModuleList,
+        batch_former: BatchFormers | None = None,
     ) -> None:
         super().__init__()
+        self.bf = batch_former
         self.level_embed = nn.Parameter(torch.randn(num_levels, embed_dim))
         self.encoder = DeformableEncoder(
             num_layers=num_encoder_layers,
@@ -89,6 +97,8 @@ class DeformableTransformer(nn.Module):
     ) -> tuple[list[DecodedLayer], list[Tensor]]:
         """Maps (N, C, h_l, w_l), fine to coarse, and queries (Q, 2C): position, content -> decoded layers, memory maps.
 
+        With a second stream in training both are of 2N pictures: all as they are, then all through the BatchFormer.
+
         Args: ``image_sizes`` (height, width) of each picture without padding, ``padded`` with it.
         """
         channels, device = maps[0].shape[1], maps[0].device
@@ -99,8 +109,10 @@ class DeformableTransformer(nn.Module):
             valid_position_encoding(inside, channels) + embed
             for inside, embed in zip(levels.inside, self.level_embed, strict=True)
         ]
-        cells = self.encoder(cells, torch.cat(positions, dim=1), levels)
-        memory = Memory(cells, shapes, levels.starts, levels.valid_ratios, levels.padding)
+        cells = self.encoder(cells, torch.cat(positions, dim=1), levels, self.bf)
+        streams = len(cells) // len(levels.valid_ratios)
+        padding = None if levels.padding is None else repeated(levels.padding, streams)
+        memory = Memory(cells, shapes, levels.starts, repeated(levels.valid_ratios, streams), padding)
         position, content = (part[None].expand(len(cells), -1, -1) for part in query_embed.split(channels, dim=1))
         decoded = self.decoder(content, position, self.reference_points(position).sigmoid(), memory)
         split = cells.split([h * w for h, w in shapes], dim=1)
@@ -127,8 +139,12 @@ class DeformableDETR(nn.Module):
         num_decoder_points: int,
         dropout: float,
         encoder_checkpoint: bool = False,
+        batch_former: BatchFormers | None = None,
     ) -> None:
-        """Args: ``in_features`` of the backbone, fine to coarse; one coarser level is made of the last of them."""
+        """Args:
+        in_features: of the backbone, fine to coarse; one coarser level is made of the last of them.
+        batch_former: a second stream in training, which doubles the number of pictures that come out.
+        """
         super().__init__()
         shapes: Mapping[str, ShapeSpec] = backbone.output_shape()
         missing = [name for name in in_features if name not in shapes]
@@ -153,6 +169,7 @@ class DeformableDETR(nn.Module):
             dropout=dropout,
             encoder_checkpoint=encoder_checkpoint,
             bbox_embed=boxes,
+            batch_former=batch_former,
         )
         self.class_embed = nn.ModuleList(Linear(embed_dim, num_classes) for _ in range(num_decoder_layers))
         self.bbox_embed = boxes  # the decoder's own: released files name them twice

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
@@ -18,10 +19,13 @@ from torch import Tensor, nn
 from vis.config import declare
 from vis.modeling.backbones import build_backbone
 from vis.modeling.criterions.idol import FrameTargets, IDOLCriterion, LossWeights
-from vis.modeling.heads.deformable_detr import DeformableDETR, InstanceDETR
+from vis.modeling.heads.build import Heads, HeadTargets, build_heads
+from vis.modeling.heads.deformable_detr import DeformableDETR, Detections, InstanceDETR
 from vis.modeling.inference.detections import mask_nms, select_queries
 from vis.modeling.inference.growing import GrowingSession, GrowingTracks, WindowTracker, encode_logits
 from vis.modeling.inference.session import windows
+from vis.modeling.matchers.ota import Assignment
+from vis.modeling.pixel_decoders.batch_former import build_batch_former
 from vis.modeling.registry import TRACKER_REGISTRY, lookup
 from vis.modeling.segmenter import FrameNormalizer, check_labels
 from vis.modeling.segmenter.frames import pad_masks
@@ -94,6 +98,9 @@ class IDOL(nn.Module):
         # The release decays every parameter alike.
         "SOLVER": {"WEIGHT_DECAY": 0.0001, "WEIGHT_DECAY_NORM": 0.0001, "WEIGHT_DECAY_EMBED": 0.0001},
     }
+    #: See :func:`vis.modeling.heads.build.refuse_unused`.
+    TAKES_HEADS: ClassVar[bool] = True
+    TWO_STREAMS: ClassVar[bool] = True
     #: Trainings start from a backbone, or from an IDOL of other classes (the release's is trained on pairs of COCO).
     WEIGHT_STAGES: ClassVar[Mapping[str, tuple[str, ...]]] = {"backbone": (), "idol": ()}
 
@@ -113,6 +120,7 @@ class IDOL(nn.Module):
         score_type: str,
         class_threshold: float,
         multi_class: bool,
+        heads: Heads | None = None,
     ) -> None:
         """Args:
         window_size: frames per pass at test time; it changes nothing else.
@@ -123,6 +131,7 @@ class IDOL(nn.Module):
         if window_size < 1:
             raise ValueError(f"MODEL.MASK_FORMER.TEST.WINDOW_SIZE is {window_size}, expected at least 1 frame")
         self.detr, self.criterion, self.tracker, self.normalizer = detr, criterion, tracker, normalizer
+        self.heads = Heads([]) if heads is None else heads
         self.num_classes, self.window_size = num_classes, window_size
         self.select_threshold, self.box_iou, self.mask_iou = select_threshold, box_iou, mask_iou
         self.score_type, self.class_threshold, self.multi_class = score_type, class_threshold, multi_class
@@ -147,6 +156,7 @@ class IDOL(nn.Module):
             num_decoder_points=node.DEC_N_POINTS,
             dropout=node.DROPOUT,
             encoder_checkpoint=node.ENC_CHECKPOINT,
+            batch_former=build_batch_former(cfg, embed_dim=node.HIDDEN_DIM, encoder_layers=node.ENC_LAYERS),
         )
         weights = LossWeights(
             ce=node.CLASS_WEIGHT,
@@ -170,6 +180,7 @@ class IDOL(nn.Module):
                 pixel_std=cfg.MODEL.PIXEL_STD,
                 size_divisibility=max(backbone.size_divisibility, 32),
             ),
+            "heads": build_heads(cfg, embed_dim=node.HIDDEN_DIM, feature_dim=node.HIDDEN_DIM),
             "num_classes": num_classes,
             "window_size": cfg.MODEL.MASK_FORMER.TEST.WINDOW_SIZE,
             "select_threshold": node.INFERENCE_SELECT_THRES,
@@ -191,6 +202,8 @@ class IDOL(nn.Module):
     def losses(self, samples: Sequence[ClipSample]) -> dict[str, Tensor]:
         """Weighted losses of pairs (key frame, reference frame).
 
+        With a second stream (``MODEL.BATCH_FORMER``) every pair counts twice, so that losses are means over both.
+
         Raises:
             ValueError: a clip is no pair, or a class that the head does not have.
         """
@@ -204,7 +217,40 @@ class IDOL(nn.Module):
         padded = (int(images.shape[-2]), int(images.shape[-1]))
         pairs = [self._targets(sample, padded) for sample in samples]
         found = self.detr(images, [_size(frame) for frame in frames])
-        return self.criterion(self.detr, found, [key for key, _ in pairs], [reference for _, reference in pairs])
+        pairs = pairs * (len(found.maps[0]) // len(frames))  # once more for a second stream
+        keys = [key for key, _ in pairs]
+        references = [reference for _, reference in pairs]
+        losses, matches, features = self.criterion.losses_and_matches(self.detr, found, keys, references)
+        if len(self.heads):
+            losses |= self._head_losses(found, keys, matches, features)
+        return losses
+
+    def _head_losses(
+        self, found: Detections, keys: Sequence[FrameTargets], matches: Sequence[Assignment], features: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses of the heads on the queries that the last layer assigned in the key frames.
+
+        Args:
+            features: mask features (B, 8, h, w) of the key frames.
+        """
+        last = found.layers[-1]
+        height, width = keys[0].masks.shape[-2:]
+        # the finest level of the memory, at the stride that masks have
+        maps = F.interpolate(found.maps[0][::2], size=(height // 4, width // 4), mode="bilinear", align_corners=False)
+
+        def matched_logits(pair: int) -> Tensor:
+            queries = matches[pair].queries
+            rows = (last.queries[2 * pair, queries], last.points[2 * pair, queries])
+            return self.detr.masks(features[pair], *rows, keys[pair].image_size)
+
+        targets = HeadTargets(
+            pairs=[(match.queries, match.instances) for match in matches],
+            masks=[key.masks for key in keys],
+            image_sizes=[key.image_size for key in keys],
+            num_masks=max(sum(len(match.queries) for match in matches), 1),
+            matched_logits=matched_logits,
+        )
+        return self.heads.losses({"pred_embeds": last.queries[::2], "mask_features": maps}, targets)
 
     def _targets(self, sample: ClipSample, padded: tuple[int, int]) -> list[FrameTargets]:
         """Of both frames the instances that are seen in the key frame."""
@@ -260,6 +306,9 @@ class IDOL(nn.Module):
         found = self.detr(images, [input_size] * len(images))
         features = self.detr.mask_features(found.maps)
         probabilities = self.detr.detr.class_logits(found.layers[-1], -1).sigmoid()
+        factors = self.heads.score_factors({"pred_embeds": found.layers[-1].queries})
+        if factors is not None:
+            probabilities = probabilities * factors[..., None]
         for frame, (queries, boxes, points) in enumerate(zip(*found.layers[-1], strict=True)):
             of_frame = probabilities[frame]
             chosen = select_queries(of_frame, boxes, threshold=self.select_threshold, iou=self.box_iou)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vis.layers.batch_former import BatchFormers
 from vis.layers.box_deform_attn import BoxDeformAttn
 from vis.modeling.pixel_decoders.msdeformattn import EncoderLayer, Shapes, cell_centres
 
@@ -132,10 +134,25 @@ class DeformableEncoder(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.layers = nn.ModuleList(PaddedEncoderLayer(**layer) for _ in range(num_layers))
 
-    def forward(self, x: Tensor, pos: Tensor, levels: PaddedLevels) -> Tensor:
-        """Cells of all levels (N, S, C) -> (N, S, C); ``pos`` is added to the queries."""
-        arguments = (pos, levels.reference_points(), levels.shapes, levels.starts, levels.padding)
+    def forward(self, x: Tensor, pos: Tensor, levels: PaddedLevels, bf: BatchFormers | None = None) -> Tensor:
+        """Cells of all levels (N, S, C) -> (N, S, C); ``pos`` is added to the queries.
+
+        2N with ``bf`` in training, see :class:`~vis.layers.batch_former.BatchFormers`.
+        """
+        references = levels.reference_points()
         recompute = self.use_checkpoint and self.training and torch.is_grad_enabled()
-        for layer in self.layers:
-            x = checkpoint(layer, x, *arguments, use_reentrant=False) if recompute else layer(x, *arguments)
+
+        def run(layer: nn.Module, x: Tensor) -> Tensor:
+            streams = len(x) // len(pos)
+            own = (repeated(pos, streams), repeated(references, streams), levels.shapes, levels.starts)
+            arguments = (x, *own, None if levels.padding is None else repeated(levels.padding, streams))
+            return checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+
+        for i, layer in enumerate(self.layers):
+            x = run(layer, x) if bf is None else bf.run(i, partial(run, layer), x, levels.shapes)
         return x
+
+
+def repeated(x: Tensor, times: int) -> Tensor:
+    """(N, ...) -> (times * N, ...), one after the other; ``x`` itself once."""
+    return x if times == 1 else x.repeat(times, *[1] * (x.dim() - 1))
