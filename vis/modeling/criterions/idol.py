@@ -119,7 +119,7 @@ class IDOLCriterion(nn.Module):
         count = max(sum(len(match.queries) for match in matches), 1)
         wanted = torch.zeros_like(logits)
         for row, target, (queries, instances, _) in zip(wanted, targets, matches, strict=True):
-            row[queries, target.labels[instances.to(target.labels.device)]] = 1.0
+            row[queries.to(row.device), target.labels[instances.to(row.device)]] = 1.0
         own = torch.cat([row[match.queries] for row, match in zip(boxes, matches, strict=True)])
         true = torch.cat([target.boxes[match.instances] for target, match in zip(targets, matches, strict=True)])
         return {

@@ -105,8 +105,10 @@ class DeformableTransformer(nn.Module):
         shapes = [(int(x.shape[2]), int(x.shape[3])) for x in maps]
         levels = PaddedLevels.of(shapes, image_sizes, padded, device)
         cells = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)  # (N, S, C)
+        # Pictures of one size have one encoding, which is as much work as several layers for each of them.
+        own = slice(0, 1) if len({tuple(size) for size in image_sizes}) == 1 else slice(None)
         positions = [
-            valid_position_encoding(inside, channels) + embed
+            (valid_position_encoding(inside[own], channels) + embed).expand(len(cells), -1, -1)
             for inside, embed in zip(levels.inside, self.level_embed, strict=True)
         ]
         cells = self.encoder(cells, torch.cat(positions, dim=1), levels, self.bf)
