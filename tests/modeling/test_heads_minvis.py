@@ -83,6 +83,24 @@ def test_losses_are_means_over_both_streams(tiny_model: Callable[..., Any]) -> N
     assert any(abs(float((single[0][name] - single[1][name]).detach())) > 0.02 for name in both)
 
 
+CTVIS = {"MODEL.META_ARCHITECTURE": "CTVIS", "MODEL.MASK_FORMER.REID_BRANCH": True}
+
+
+def test_the_segmenter_of_dvisplus_takes_them_too(tiny_model: Callable[..., Any]) -> None:
+    """Clips of two frames; an instance out of sight has a query, but no boundary and no quality to learn."""
+    model = tiny_model({**CTVIS, **HEADS, **STREAMS}).train()
+    seen = []
+    model.heads["quality"].register_forward_hook(lambda _, inputs, out: seen.append(len(out["pred_quality"])))
+    losses_of_quality, pairs = model.heads["quality"].losses, []
+    model.heads["quality"].losses = lambda out, targets: pairs.extend(targets.pairs) or losses_of_quality(out, targets)
+    losses = model([BATCH[0], sample(7, [[False], [True]], (48, 56))])
+    assert {"loss_boundary", "loss_quality", "loss_reid", "loss_aux_reid"} <= set(losses)
+    assert seen == [2 * 2 * 2]
+    assert [sorted(instances.tolist()) for _, instances in pairs] == 2 * [[0, 1], [0], [], [0]]
+    torch.stack(list(losses.values())).sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 @torch.no_grad()
 def test_nothing_changes_at_test_time(tiny_model: Callable[..., Any]) -> None:
     """Results are those of the model without them, whatever the new parameters are."""

@@ -66,8 +66,13 @@ class CTVISCriterion(SetCriterion):
             "momentum": node.MOMENTUM_EMBED,
         }
 
-    def clip_losses(self, outputs: DecoderOutput, targets: Sequence[ClipTargets]) -> dict[str, Tensor]:
+    def clip_losses_and_matches(
+        self, outputs: DecoderOutput, targets: Sequence[ClipTargets]
+    ) -> tuple[dict[str, Tensor], list[Pairs]]:
         """Weighted losses of B clips, whose B*T frames are ``outputs``, clip after clip.
+
+        Returns:
+            The losses, and of each frame the pairs (queries, instances) of the final layer with an instance in sight.
 
         Raises:
             ValueError: the decoder has no reid branch.
@@ -78,14 +83,18 @@ class CTVISCriterion(SetCriterion):
         frames = [MaskTargets(clip.labels, clip.masks[:, t]) for clip in targets for t in range(num_frames)]
         losses, matches = self.losses_and_matches(outputs, frames)
         embeds = outputs["reid_embeds"].float().unflatten(0, (len(targets), num_frames))
-        clips = []
+        clips, seen = [], []
         for b, target in enumerate(targets):
             pairs = [layers[-1] for layers in matches[b * num_frames : (b + 1) * num_frames]]
-            clips.append(self._reid(embeds[b], matched_queries(pairs, len(target.labels)), target.ids.cpu() != -1))
+            visible = target.ids.cpu() != -1  # (N, T)
+            clips.append(self._reid(embeds[b], matched_queries(pairs, len(target.labels)), visible))
+            for t, (queries, instances) in enumerate(pairs):
+                shown = visible[instances, t]
+                seen.append((queries[shown], instances[shown]))
         contrastive, cosine = torch.stack(clips).mean(dim=0)
         losses["loss_reid"] = self.reid_weight * contrastive
         losses["loss_aux_reid"] = self.aux_reid_weight * cosine
-        return losses
+        return losses, seen
 
     def _reid(self, embeds: Tensor, queries: Tensor, visible: Tensor) -> Tensor:
         """Contrastive and cosine loss (2,) of one clip, means over its comparisons.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vis.config import declare
 from vis.modeling.matchers.hungarian import Pairs
 from vis.modeling.registry import HEAD_REGISTRY, lookup
+from vis.modeling.transformer_decoders.masked import predict_masks
 
 Outputs = Mapping[str, Any]
 """Of N frames, among others ``pred_embeds`` (N, Q, C), the queries of the last layer after the norm, and
@@ -103,6 +104,22 @@ def build_heads(cfg: CfgNode, *, embed_dim: int, feature_dim: int) -> Heads:
         raise ValueError(f"MODEL.HEADS names a head twice: {names}")
     sizes = {"embed_dim": embed_dim, "feature_dim": feature_dim}
     return Heads(lookup(HEAD_REGISTRY, name, "MODEL.HEADS")(cfg, **sizes) for name in names)
+
+
+def mask_former_targets(
+    outputs: Outputs,
+    pairs: Sequence[Pairs],
+    masks: Sequence[Tensor],
+    image_sizes: Sequence[tuple[int, int]],
+    num_masks: Tensor,
+) -> HeadTargets:
+    """Targets of the heads on a decoder whose masks are ``mask_embeds`` (N, Q, Cm) times ``mask_features``."""
+    embeds, features = outputs["mask_embeds"], outputs["mask_features"]
+
+    def matched_logits(frame: int) -> Tensor:
+        return predict_masks(matched_rows(embeds, frame, pairs[frame])[None], features[frame, None])[0]
+
+    return HeadTargets(pairs, masks, image_sizes, num_masks, matched_logits)
 
 
 def refuse_unused(cfg: CfgNode, architecture: Any) -> None:

@@ -14,7 +14,9 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from vis.modeling.criterions.ctvis import CTVISCriterion
-from vis.modeling.inference import OnlineTracks, TrackedFrames, VideoModel
+from vis.modeling.heads.build import Heads, build_heads, mask_former_targets
+from vis.modeling.inference import VideoModel
+from vis.modeling.inference.scored import ScoredTracks
 from vis.modeling.registry import TRACKER_REGISTRY, lookup
 from vis.modeling.segmenter import clip_targets
 from vis.structures import ClipSample
@@ -27,6 +29,9 @@ class CTVIS(VideoModel):
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "MODEL": {"TRACKER": {"NAME": "QueryMatchingTracker"}, "MASK_FORMER": {"REID_BRANCH": True}}
     }
+    #: See :func:`vis.modeling.heads.build.refuse_unused`.
+    TAKES_HEADS: ClassVar[bool] = True
+    TWO_STREAMS: ClassVar[bool] = True
     #: A training starts from an image model or a MinVIS, neither of which has the reid branch.
     WEIGHT_STAGES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "image": ("sem_seg_head.predictor.reid_embed.",),
@@ -35,10 +40,13 @@ class CTVIS(VideoModel):
     }
 
     @configurable
-    def __init__(self, *, criterion: CTVISCriterion, tracker: nn.Module, **options: Any) -> None:
+    def __init__(
+        self, *, criterion: CTVISCriterion, tracker: nn.Module, heads: Heads | None = None, **options: Any
+    ) -> None:
         """Args: ``options`` of :class:`~vis.modeling.inference.VideoModel`."""
         super().__init__(**options)
         self.criterion = criterion
+        self.heads = Heads([]) if heads is None else heads
         self.tracker = tracker
 
     @classmethod
@@ -48,11 +56,16 @@ class CTVIS(VideoModel):
         return {
             **super().from_config(cfg),
             "criterion": CTVISCriterion(cfg),
+            "heads": build_heads(
+                cfg, embed_dim=cfg.MODEL.MASK_FORMER.HIDDEN_DIM, feature_dim=cfg.MODEL.SEM_SEG_HEAD.MASK_DIM
+            ),
             "tracker": lookup(TRACKER_REGISTRY, cfg.MODEL.TRACKER.NAME, "MODEL.TRACKER.NAME")(cfg),
         }
 
     def losses(self, samples: Sequence[ClipSample]) -> dict[str, Tensor]:
         """Weighted losses of a batch of clips, all of T frames.
+
+        With a second stream (``MODEL.BATCH_FORMER``) every clip counts twice, so that losses are means over both.
 
         Raises:
             ValueError: a class that the head does not have.
@@ -63,12 +76,17 @@ class CTVIS(VideoModel):
             clip_targets(sample, size=size, num_classes=self.criterion.num_classes, device=self.device)
             for sample in samples
         ]
-        return self.criterion.clip_losses(self.segment(images), targets)
+        sizes = [(frame.shape[-2], frame.shape[-1]) for sample in samples for frame in sample["image"]]
+        outputs = self.segment(images)
+        streams = len(outputs["pred_logits"]) // len(images)
+        targets, sizes = targets * streams, sizes * streams
+        losses, pairs = self.criterion.clip_losses_and_matches(outputs, targets)
+        if len(self.heads):
+            (num_masks,) = self.criterion.mean_counts([sum(len(queries) for queries, _ in pairs)], self.device)
+            masks = [mask for clip in targets for mask in clip.masks.unbind(1)]
+            losses.update(self.heads.losses(outputs, mask_former_targets(outputs, pairs, masks, sizes, num_masks)))
+        return losses
 
-    def open_tracks(self) -> OnlineTracks:
+    def open_tracks(self) -> ScoredTracks:
         """Tracks by matching each frame with the one before."""
-        return OnlineTracks(self._step)
-
-    def _step(self, images: Tensor, state: Any) -> tuple[TrackedFrames, Any]:
-        tracked, state = self.tracker(self.segment(images), state)
-        return TrackedFrames(tracked["pred_logits"], tracked["mask_embeds"], tracked["mask_features"]), state
+        return ScoredTracks(self.segment, self.tracker, self.heads)

@@ -7,7 +7,7 @@ matched by their embeddings, class logits are averaged over the video, and the b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -15,30 +15,14 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from vis.modeling.criterions.set_criterion import MaskTargets, SetCriterion
-from vis.modeling.heads.build import Heads, HeadTargets, build_heads, matched_rows
-from vis.modeling.inference import OnlineTracks, TrackedFrames, VideoModel
-from vis.modeling.matchers.hungarian import Pairs
+from vis.modeling.heads.build import Heads, build_heads, mask_former_targets
+from vis.modeling.inference import VideoModel
+from vis.modeling.inference.scored import ScoredTracks
 from vis.modeling.registry import TRACKER_REGISTRY, lookup
 from vis.modeling.segmenter import check_labels
 from vis.modeling.segmenter.frames import pad_masks
-from vis.modeling.transformer_decoders.masked import DecoderOutput, predict_masks
+from vis.modeling.transformer_decoders.masked import predict_masks
 from vis.structures import ClipSample
-
-
-class ScoredState(NamedTuple):
-    """State of the tracker, and the sum over frames of what class scores are multiplied by, (Q,) or None."""
-
-    tracker: Any
-    factors: Tensor | None
-
-
-class ScoredTracks(OnlineTracks):
-    """Tracks whose class scores are multiplied by the mean over time of what the heads say."""
-
-    def probabilities(self) -> Tensor:
-        """(Q, K)."""
-        found, factors = super().probabilities(), self._state.factors
-        return found if factors is None else found * (factors / len(self))[:, None]
 
 
 @META_ARCH_REGISTRY.register()
@@ -94,39 +78,15 @@ class MinVIS(VideoModel):
         targets, sizes = targets * streams, sizes * streams
         losses, matches = self.criterion.losses_and_matches(outputs, targets)
         if len(self.heads):
-            losses.update(self.heads.losses(outputs, self._head_targets(outputs, targets, matches, sizes)))
+            pairs = [layers[-1] for layers in matches]
+            (num_masks,) = self.criterion.mean_counts([sum(len(queries) for queries, _ in pairs)], self.device)
+            of_frames = [target.masks for target in targets]
+            losses.update(self.heads.losses(outputs, mask_former_targets(outputs, pairs, of_frames, sizes, num_masks)))
         return losses
 
-    def _head_targets(
-        self,
-        outputs: DecoderOutput,
-        targets: Sequence[MaskTargets],
-        matches: Sequence[Sequence[Pairs]],
-        sizes: Sequence[tuple[int, int]],
-    ) -> HeadTargets:
-        """The matches of the final layer, as heads take them."""
-        pairs = [layers[-1] for layers in matches]
-        embeds, features = outputs["mask_embeds"], outputs["mask_features"]
-
-        def matched_logits(frame: int) -> Tensor:
-            queries = matched_rows(embeds, frame, pairs[frame])
-            return predict_masks(queries[None], features[frame, None])[0]
-
-        (num_masks,) = self.criterion.mean_counts([sum(len(queries) for queries, _ in pairs)], features.device)
-        return HeadTargets(pairs, [target.masks for target in targets], sizes, num_masks, matched_logits)
-
-    def open_tracks(self) -> OnlineTracks:
+    def open_tracks(self) -> ScoredTracks:
         """Tracks by matching each frame with the one before."""
-        return ScoredTracks(self._step)
-
-    def _step(self, images: Tensor, state: Any) -> tuple[TrackedFrames, Any]:
-        state = state or ScoredState(None, None)
-        tracked, tracker = self.tracker(self.segment(images), state.tracker)
-        factors = self.heads.score_factors(tracked)
-        if factors is not None:
-            factors = factors.float().sum(dim=0) + (0 if state.factors is None else state.factors)
-        frames = TrackedFrames(tracked["pred_logits"], tracked["mask_embeds"], tracked["mask_features"])
-        return frames, ScoredState(tracker, factors)
+        return ScoredTracks(self.segment, self.tracker, self.heads)
 
     @torch.no_grad()
     def parity_outputs(self, sample: ClipSample) -> dict[str, Tensor]:
