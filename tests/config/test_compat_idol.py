@@ -115,7 +115,7 @@ def test_moved_keys(released: Callable[..., CfgNode]) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("INPUT.COCO_PRETRAIN", "True", "two crops of one COCO image"),
+        ("INPUT.PRETRAIN_SAME_CROP", "True", "the same window"),
         ("MODEL.IDOL.MASK_STRIDE", "8", "only 4 can be had here"),
         ("MODEL.IDOL.NMS_PER", "0.3", "Did you mean 'NMS_PRE'"),
     ],
@@ -147,5 +147,5 @@ def test_recipes(name: str, project_root: Path) -> None:
     assert (*found, *tests) == PUBLISHED[name]
     assert (cfg.SOLVER.MAX_ITER, tuple(cfg.SOLVER.STEPS), cfg.SOLVER.BASE_LR) == (12000, (8000,), 1e-4)
     assert (cfg.INPUT.SAMPLING_FRAME_NUM, cfg.INPUT.SAMPLING_FRAME_RANGE) == (2, 10)
-    assert cfg.MODEL.RESNETS.DEPTH == (101 if "r101" in name else 50)
-    assert cfg.MODEL.BACKBONE.FREEZE_AT == 2
+    depth = 101 if "r101" in name else 50
+    assert (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.BACKBONE.FREEZE_AT) == (depth, 2)

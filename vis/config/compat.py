@@ -51,6 +51,7 @@ MOVED_KEYS: dict[str, str] = {
     "MODEL.VITA.TEST_RUN_CHUNK_SIZE": "MODEL.MASK_FORMER.TEST.WINDOW_SIZE",
     "MODEL.IDOL.NUM_CLASSES": "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
     "MODEL.IDOL.BATCH_INFER_LEN": "MODEL.MASK_FORMER.TEST.WINDOW_SIZE",
+    "INPUT.COCO_PRETRAIN": "INPUT.COCO_PAIRS",
 }
 
 #: Released name of the meta-architecture -> keys that only its release read, and ours.
@@ -143,7 +144,7 @@ _ENCODER = "steers the transformer of the first MaskFormer; here the encoder is 
 
 _IDOL = "was read by nothing in the release of IDOL that had an effect"
 _IDOL_MEMORY = "moved masks off the device; here they are encoded frame by frame"
-_IDOL_PAIRS = "trained on two crops of one COCO image, which is not here; start from the released cocopretrain weights"
+_IDOL_PAIRS = "gave both frames of a pair of COCO the same window, which no released training did"
 
 #: Dotted key -> why it is accepted without effect.
 UNUSED_KEYS: dict[str, Unused] = {
@@ -185,7 +186,6 @@ UNUSED_KEYS: dict[str, Unused] = {
     "MODEL.IDOL.MASK_STRIDE": Unused("is fixed: masks are predicted and compared at this stride", (4,)),
     "MODEL.IDOL.MERGE_ON_CPU": Unused(_IDOL_MEMORY),
     "FIND_UNUSED_PARAMETERS": Unused(_IDOL),
-    "INPUT.COCO_PRETRAIN": Unused(_IDOL_PAIRS, (False,)),
     "INPUT.PRETRAIN_SAME_CROP": Unused(_IDOL_PAIRS, (False,)),
 }
 

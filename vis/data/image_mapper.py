@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from vis.config import CfgNode, declare
 from vis.data.frame_sampling import FrameSampler
 from vis.data.mapper import ClipMapper, build_clip_mapper, clip_steps
-from vis.data.transforms import ClipAugmentation, FixedSizeCrop, Flip, ResizeScale, SmoothRotation, Step, one_of
+from vis.data.transforms import (
+    ClipAugmentation,
+    EachFrame,
+    FixedSizeCrop,
+    Flip,
+    ResizeScale,
+    SmoothRotation,
+    Step,
+    one_of,
+)
 
 __all__ = ["build_image_mapper", "build_mapper"]
 
@@ -48,6 +57,10 @@ def add_config(cfg: CfgNode) -> None:
     cfg.INPUT.PSEUDO.CROP.ENABLED = False
     cfg.INPUT.PSEUDO.CROP.TYPE = "absolute_range"
     cfg.INPUT.PSEUDO.CROP.SIZE = (384, 600)
+    cfg.INPUT.PSEUDO.CROP.EACH_FRAME = False
+    # The frames of a clip made of an image are augmented by INPUT's own keys, every one by itself, as if each were a
+    # clip (the pairs of IDOL).
+    cfg.INPUT.COCO_PAIRS = False
 
 
 def _large_scale_jitter(cfg: CfgNode, num_frames: int) -> ClipAugmentation:
@@ -63,9 +76,14 @@ def _large_scale_jitter(cfg: CfgNode, num_frames: int) -> ClipAugmentation:
 def build_image_mapper(cfg: CfgNode, *, jitter: bool, categories: Sequence[int | None] | None = None) -> ClipMapper:
     """Clips of copies of one image, by large-scale jitter or as pseudo-videos (crop, resize, flip, smooth rotation)."""
     num_frames = cfg.INPUT.PSEUDO.SAMPLING_FRAME_NUM or cfg.INPUT.SAMPLING_FRAME_NUM
-    augmentation = (
-        _large_scale_jitter(cfg, num_frames) if jitter else clip_steps(cfg.INPUT.PSEUDO, flip=cfg.INPUT.RANDOM_FLIP)
-    )
+    flip = cfg.INPUT.RANDOM_FLIP
+    if jitter:
+        augmentation = _large_scale_jitter(cfg, num_frames)
+    elif cfg.INPUT.COCO_PAIRS:
+        of_frame = clip_steps(cfg.INPUT, flip=flip, one_frame=True)
+        augmentation = ClipAugmentation(steps=(EachFrame(steps=of_frame.steps),))
+    else:
+        augmentation = clip_steps(cfg.INPUT.PSEUDO, flip=flip)
     return ClipMapper(
         frames=FrameSampler(num_frames=num_frames), augmentation=augmentation, categories=categories, still=True
     )
@@ -93,6 +111,8 @@ def build_mapper(
         return build_clip_mapper(cfg, categories=categories)
     jitter = name == "coco_instance_lsj" or (not name and cfg.INPUT.LSJ_AUG.ENABLED)
     mapper = build_image_mapper(cfg, jitter=jitter, categories=categories)
-    kind = "large-scale jitter" if jitter else "pseudo-videos"
+    kind = (
+        "large-scale jitter" if jitter else "frames augmented one by one" if cfg.INPUT.COCO_PAIRS else "pseudo-videos"
+    )
     logger.info("%s: images as clips of %d frame(s), %s", dataset_name, mapper.frames.num_frames, kind)
     return mapper

@@ -19,6 +19,7 @@ from vis.data.transforms import (
     ClipAugmentation,
     Color,
     Crop,
+    EachFrame,
     Flip,
     RandomApply,
     ResizeShortest,
@@ -47,14 +48,21 @@ def add_config(cfg: CfgNode) -> None:
     # With CROP.ENABLED, half of the clips are cropped: height and width each uniform in SIZE.
     cfg.INPUT.CROP.TYPE = "absolute_range"
     cfg.INPUT.CROP.SIZE = (384, 600)
+    # True: a window for every frame, out of the frame as it is (IDOL). False: one for the clip, after a resize.
+    cfg.INPUT.CROP.EACH_FRAME = False
 
 
-def clip_steps(node: CfgNode, *, flip: str) -> ClipAugmentation:
-    """Crop, resize, flip, colours and rotation, in this order, from ``cfg.INPUT`` or ``cfg.INPUT.PSEUDO``."""
+def clip_steps(node: CfgNode, *, flip: str, one_frame: bool = False) -> ClipAugmentation:
+    """Crop, resize, flip, colours and rotation, in this order, from ``cfg.INPUT`` or ``cfg.INPUT.PSEUDO``.
+
+    With ``one_frame`` for clips of one frame, where a window for each is one for all.
+    """
     steps: list[Step] = []
     if node.CROP.ENABLED:
         crop = Crop(kind=node.CROP.TYPE, size=tuple(node.CROP.SIZE))
-        steps.append(RandomApply(steps=(_CROP_RESIZE, crop), probability=0.5))
+        each = node.CROP.EACH_FRAME and not one_frame
+        cropped: tuple[Step, ...] = (EachFrame(steps=(crop,)),) if each else (_CROP_RESIZE, crop)
+        steps.append(RandomApply(steps=cropped, probability=0.5))
     min_sizes = node.MIN_SIZE_TRAIN
     steps.append(
         ResizeShortest(

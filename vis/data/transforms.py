@@ -29,6 +29,7 @@ __all__ = [
     "ClipAugmentation",
     "Color",
     "Crop",
+    "EachFrame",
     "FixedSizeCrop",
     "Flip",
     "RandomApply",
@@ -190,6 +191,18 @@ class RandomApply:
         if rng.random() >= self.probability:
             return [(NoOpTransform(), size) for size in sizes]
         return ClipAugmentation(steps=self.steps).draw(sizes, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EachFrame:
+    """``steps`` drawn for every frame by itself, as if each were a clip."""
+
+    steps: tuple[Step, ...]
+
+    def draw(self, sizes: Sequence[Size], rng: np.random.Generator) -> Drawn:
+        """See :class:`Step`."""
+        augmentation = ClipAugmentation(steps=self.steps)
+        return [drawn for size in sizes for drawn in augmentation.draw([size], rng)]
 
 
 @dataclass(frozen=True, kw_only=True)

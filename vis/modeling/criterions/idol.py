@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from vis.modeling.criterions.mask_criterion import attached_zero
@@ -58,6 +60,7 @@ class LossWeights:
 class IDOLCriterion(nn.Module):
     """Weighted losses of pairs of frames; holds no parameters."""
 
+    @configurable
     def __init__(
         self,
         *,
@@ -70,6 +73,24 @@ class IDOLCriterion(nn.Module):
         super().__init__()
         self.weights, self.focal_alpha = weights, focal_alpha
         self.deep_supervision, self.released_matcher = deep_supervision, released_matcher
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.IDOL
+        weights = LossWeights(
+            ce=node.CLASS_WEIGHT,
+            bbox=node.L1_WEIGHT,
+            giou=node.GIOU_WEIGHT,
+            mask=node.MASK_WEIGHT,
+            dice=node.DICE_WEIGHT,
+            reid=node.REID_WEIGHT,
+        )
+        return {
+            "weights": weights,
+            "focal_alpha": node.FOCAL_ALPHA,
+            "deep_supervision": node.DEEP_SUPERVISION,
+            "released_matcher": node.RELEASED_MATCHER,
+        }
 
     def forward(
         self, detr: InstanceDETR, found: Detections, keys: Sequence[FrameTargets], references: Sequence[FrameTargets]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vis.config import declare
 from vis.modeling.backbones import build_backbone
-from vis.modeling.criterions.idol import FrameTargets, IDOLCriterion, LossWeights
+from vis.modeling.criterions.idol import FrameTargets, IDOLCriterion
 from vis.modeling.heads.build import Heads, HeadTargets, build_heads
 from vis.modeling.heads.deformable_detr import DeformableDETR, Detections, InstanceDETR
 from vis.modeling.inference.detections import mask_nms, select_queries
@@ -94,7 +94,7 @@ class IDOL(nn.Module):
             "BACKBONE": {"FREEZE_AT": 2},
             "MASK_FORMER": {"TEST": {"WINDOW_SIZE": 10}},
         },
-        "INPUT": {"SAMPLING_FRAME_NUM": 2},
+        "INPUT": {"SAMPLING_FRAME_NUM": 2, "CROP": {"EACH_FRAME": True}},
         # The release decays every parameter alike.
         "SOLVER": {"WEIGHT_DECAY": 0.0001, "WEIGHT_DECAY_NORM": 0.0001, "WEIGHT_DECAY_EMBED": 0.0001},
     }
@@ -158,22 +158,9 @@ class IDOL(nn.Module):
             encoder_checkpoint=node.ENC_CHECKPOINT,
             batch_former=build_batch_former(cfg, embed_dim=node.HIDDEN_DIM, encoder_layers=node.ENC_LAYERS),
         )
-        weights = LossWeights(
-            ce=node.CLASS_WEIGHT,
-            bbox=node.L1_WEIGHT,
-            giou=node.GIOU_WEIGHT,
-            mask=node.MASK_WEIGHT,
-            dice=node.DICE_WEIGHT,
-            reid=node.REID_WEIGHT,
-        )
         return {
             "detr": InstanceDETR(detr=detr, embed_dim=node.HIDDEN_DIM),
-            "criterion": IDOLCriterion(
-                weights=weights,
-                focal_alpha=node.FOCAL_ALPHA,
-                deep_supervision=node.DEEP_SUPERVISION,
-                released_matcher=node.RELEASED_MATCHER,
-            ),
+            "criterion": IDOLCriterion(cfg),
             "tracker": lookup(TRACKER_REGISTRY, cfg.MODEL.TRACKER.NAME, "MODEL.TRACKER.NAME")(cfg),
             "normalizer": FrameNormalizer(
                 pixel_mean=cfg.MODEL.PIXEL_MEAN,
