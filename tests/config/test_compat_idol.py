@@ -148,4 +148,5 @@ def test_recipes(name: str, project_root: Path) -> None:
     assert (cfg.SOLVER.MAX_ITER, tuple(cfg.SOLVER.STEPS), cfg.SOLVER.BASE_LR) == (12000, (8000,), 1e-4)
     assert (cfg.INPUT.SAMPLING_FRAME_NUM, cfg.INPUT.SAMPLING_FRAME_RANGE) == (2, 10)
     depth = 101 if "r101" in name else 50
-    assert (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.BACKBONE.FREEZE_AT) == (depth, 2)
+    backbone = (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.BACKBONE.FREEZE_AT)
+    assert backbone == (depth, 2)

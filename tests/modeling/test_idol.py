@@ -265,6 +265,14 @@ def pair(seed: int, present: list[list[bool]], size: tuple[int, int] = (HEIGHT, 
     return sample
 
 
+def test_the_last_layer_alone(idol_cfg: Callable[..., CfgNode]) -> None:
+    model = spread(build_model(idol_cfg({"MODEL.IDOL.DEEP_SUPERVISION": False}))).train()
+    losses = model([pair(1, [[True], [True]])])
+    assert list(losses) == [*NAMES, "loss_reid", "loss_reid_aux"]
+    sum(losses.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 NAMES = ["loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice"]
 
 

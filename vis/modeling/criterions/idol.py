@@ -21,6 +21,7 @@ from vis.modeling.losses.boxes import giou_loss, l1_loss
 from vis.modeling.losses.focal import sigmoid_focal_loss
 from vis.modeling.losses.masks import dice_loss
 from vis.modeling.matchers.ota import Assignment, assign, ota_costs
+from vis.modeling.transformer_decoders.deformable_detr import stacked_boxes
 
 # Candidates of the queries that are an instance, and of those that are not without doubt something else.
 _POSITIVE_CANDIDATES, _COVER_CANDIDATES = 10, 100
@@ -112,26 +113,32 @@ class IDOLCriterion(nn.Module):
         """
         last = len(found.layers) - 1
         features = detr.mask_features([level[::2] for level in found.maps])
+        logits = torch.stack([detr.detr.class_logits(layer, i)[::2] for i, layer in enumerate(found.layers)]).float()
+        boxes = stacked_boxes(found.layers)[:, ::2]  # (layers, B, Q, 4)
+        trained = range(last + 1) if self.deep_supervision else range(last, last + 1)
+        of_images = [self._match(logits[:, b], boxes[:, b], target, trained) for b, target in enumerate(keys)]
         losses: dict[str, Tensor] = {}
         matches: list[Assignment] = []
-        for layer in range(last + 1) if self.deep_supervision else [last]:
-            logits = detr.detr.class_logits(found.layers[layer], layer)[::2].float()  # (B, Q, K)
-            boxes = found.layers[layer].boxes[::2]
-            matches = [self._match(logits[b], boxes[b], target) for b, target in enumerate(keys)]
+        for layer, assigned in zip(trained, zip(*of_images, strict=True), strict=True):
+            matches = list(assigned)
             suffix = "" if layer == last else f"_{layer}"
-            detection = self._detection_losses(logits, boxes, keys, matches)
+            detection = self._detection_losses(logits[layer], boxes[layer], keys, matches)
             masks = self._mask_losses(detr, found, layer, features, keys, matches)
             losses |= {f"{name}{suffix}": value for name, value in (detection | masks).items()}
         contrastive, auxiliary = self._reid_losses(detr, found, references, matches)
         losses["loss_reid"] = self.weights.reid * contrastive
         losses["loss_reid_aux"] = 1.5 * self.weights.reid * auxiliary
         # What nothing reads takes part, or data-parallel training would wait for its gradients forever.
-        losses["loss_ce"] = losses["loss_ce"] + attached_zero(features, *found.unused)
+        losses["loss_ce"] = losses["loss_ce"] + attached_zero(features, logits, boxes, *found.unused)
         return losses, matches, features
 
-    def _match(self, logits: Tensor, boxes: Tensor, target: FrameTargets) -> Assignment:
-        cost, iou = ota_costs(logits, boxes, target.labels, target.boxes)
-        return assign(cost, iou, num_candidates=_POSITIVE_CANDIDATES, released=self.released_matcher)
+    def _match(self, logits: Tensor, boxes: Tensor, target: FrameTargets, layers: Sequence[int]) -> list[Assignment]:
+        """Of one key frame, for each of ``layers``: logits (all layers, Q, K), boxes (all layers, Q, 4)."""
+        costs, ious = ota_costs(logits, boxes, target.labels, target.boxes)
+        return [
+            assign(costs[i], ious[i], num_candidates=_POSITIVE_CANDIDATES, released=self.released_matcher)
+            for i in layers
+        ]
 
     def _detection_losses(
         self, logits: Tensor, boxes: Tensor, targets: Sequence[FrameTargets], matches: Sequence[Assignment]
