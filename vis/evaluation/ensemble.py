@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pycocotools.mask as mask_utils
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
@@ -39,7 +38,7 @@ from vis.evaluation.ytvis_io import (
     load_ground_truth,
 )
 from vis.structures import RLE
-from vis.structures.rle import encode
+from vis.structures.rle import compress, run_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ def fuse_files(
 ) -> Fusion:
     """Fuse result files into ``output``, in the submission format.
 
-    Masks stay run-length codes, one frame of one track at a time is decoded: memory is that of the files' codes.
+    Masks stay run-length codes, none is ever decoded: memory is that of the files' codes.
 
     Args:
         truth: videos and categories that all of them belong to.
@@ -271,17 +270,28 @@ def _vote_frame(
     half: float,
     margin: float,
 ) -> RLE | None:
-    votes = np.zeros(size, order="F")
-    decider: Any = False
+    # The votes change only where a run of some mask begins or ends: no mask is ever decoded.
+    places, steps, led = [], [], []
     for member, (code, weight) in enumerate(zip(codes, weights, strict=True)):
-        if code is None:
-            continue
-        mask = mask_utils.decode(code)
-        votes += weight * mask
-        if member == leader:
-            decider = mask > 0
-    inside = (votes > half + margin) | (decider & (votes >= half - margin))
-    return encode(inside) if inside.any() else None
+        if code is not None:
+            ends = np.cumsum(run_lengths(code))
+            up = np.tile([1, -1], len(ends) // 2)  # the object begins where background ends
+            places.append(ends[: len(up)])
+            steps.append(weight * up)
+            led.append(up * (member == leader))
+    if not places:
+        return None
+    place = np.concatenate(places)
+    order = np.argsort(place, kind="stable")
+    place, votes = place[order], np.cumsum(np.concatenate(steps)[order])
+    leads = np.cumsum(np.concatenate(led)[order]) > 0
+    settled = np.append(place[1:] != place[:-1], True)
+    inside = ((votes > half + margin) | (leads & (votes >= half - margin)))[settled]
+    borders = place[settled][inside != np.append(False, inside[:-1])]
+    if not len(borders):
+        return None
+    runs = np.diff([0, *borders.tolist(), size[0] * size[1]]).tolist()
+    return compress({"size": list(size), "counts": runs if runs[-1] else runs[:-1]})
 
 
 def _text(code: dict[str, Any] | None) -> RLE | None:
