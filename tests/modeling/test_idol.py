@@ -387,3 +387,40 @@ def test_one_box_head_under_two_names(model: Any) -> None:
             names = [f"detr.detr.{part}bbox_embed.{i}.layers.{layer}.bias" for part in ("", "transformer.decoder.")]
             assert state[names[0]].data_ptr() == state[names[1]].data_ptr()
     assert type(model).WEIGHT_STAGES == {"backbone": (), "idol": ()}
+
+
+def test_mixed_precision_overflows_nothing(idol_cfg: Callable[..., CfgNode]) -> None:
+    """Under autocast the backbone alone runs in low precision."""
+    model = spread(build_model(idol_cfg())).eval()
+    sample = pair(1, [[True, True], [True, True]])
+    plain = criterion_of(model, sample)
+    seen: list[torch.dtype] = []
+    for part in (model.detr.detr.transformer.decoder.layers[0], model.detr.mask_head, model.detr.reid_embed_head):
+        part.register_forward_hook(lambda _module, _inputs, out: seen.append(out.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = criterion_of(model, sample)
+    assert set(seen) == {torch.float32}
+    assert len(seen) == 3
+    assert all(np.isfinite(value) for value in low.values())
+    assert low["loss_giou"] == pytest.approx(plain["loss_giou"], rel=0.2)
+
+
+@pytest.mark.gpu
+def test_the_same_on_a_gpu(idol_cfg: Callable[..., CfgNode], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    model = spread(build_model(idol_cfg())).eval()
+    sample, training = video(1), pair(1, [[True, True], [True, False]])
+    expected, losses = model([sample])[0], criterion_of(model, training)
+    model.to("cuda")
+    found = model([sample])[0]
+    assert len(found) == len(expected)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-2, atol=1e-3)
+    on_gpu = criterion_of(model, training)
+    del losses["loss_reid_aux"], on_gpu["loss_reid_aux"]  # of random negatives
+    assert on_gpu == pytest.approx(losses, rel=1e-2)
+    model.train()
+    with torch.autocast("cuda", dtype=torch.float16):
+        total = sum(model([training]).values())
+    total.backward()
+    assert bool(torch.isfinite(total))

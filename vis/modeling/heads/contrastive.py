@@ -35,7 +35,11 @@ def key_reference_losses(anchor: Tensor, keys: Tensor, positive: Tensor, negativ
         (2,) float32: contrastive, auxiliary.
     """
     anchor, keys = anchor.float(), keys.float()
-    contrastive = contrastive_loss((keys @ anchor)[None], positive[None], negative[None])[0]
+    with torch.autocast(
+        device_type=keys.device.type, enabled=False
+    ):  # products of many channels overflow half precision
+        similarity = keys @ anchor
+    contrastive = contrastive_loss(similarity[None], positive[None], negative[None])[0]
     own, others = positive.nonzero()[:, 0], negative.nonzero()[:, 0]
     count = min(_NEGATIVES_PER_POSITIVE * max(len(own), 1), len(others))
     # Drawn on the CPU: one seed, one training, whatever the device.
