@@ -378,13 +378,40 @@ def test_refiner_averages_videos_and_remembers_classes() -> None:
         parts.append(plain(one, video(tracker, segmenter, b)[0], [both[b]], guided=True))
     for name, loss in together.items():
         torch.testing.assert_close(loss, (parts[0][name] + parts[1][name]) / 2)
-    reid = []
-    for _ in range(2):
-        torch.set_rng_state(state)
-        reid.append(float(contrastive(refiner, tracker, both, guided=True)["loss_reid"].detach()))
-    first, second = reid
-    assert second > first  # the second time there are negatives of the same class from before
+    for name, loss in contrastive(refiner, tracker, both, guided=True).items():
+        assert name == "loss_reid" or torch.isfinite(loss)
     assert set(contrastive.state_dict()) == {"empty_weight"}
+
+
+def test_the_refiner_remembers_single_frames_of_earlier_videos() -> None:
+    """A second item for each frame of a track whose class is known; of a class a random 20 frames stay."""
+    tracker, _ = tracked()
+    refiner, target = refined(), targets(IDS[:1])
+    criterion = RefinerCriterion(contrastive_weight=2.0, **OPTIONS)
+    losses = []
+    for _ in range(6):
+        torch.manual_seed(3)  # the same points, so the same query
+        losses.append(float(criterion(refiner, tracker, [target], guided=True)["loss_reid"].detach()) / 2)
+        if len(losses) == 1:
+            (label, kept), *_ = criterion._memory.items()
+    embeds = refiner.pred_embeds[0].detach()  # (T, Q, C)
+    (query,) = (q for q in range(Q) if torch.equal(kept, embeds[:, q]))
+    assert (label, len(criterion._memory)) == (2, 1)
+
+    def item(t: int, negatives: Tensor) -> Tensor:
+        pairs = (negatives @ embeds[t, query])[:, None] - embeds[:, query] @ embeds[t, query]
+        return torch.log1p(pairs.exp().sum())
+
+    in_frame = [item(t, embeds[t, [q for q in range(Q) if q != query]]) for t in range(T)]
+    in_memory = [item(t, kept) for t in range(T)]
+    assert losses[0] == pytest.approx(float(torch.stack(in_frame).mean()), rel=1e-5)
+    assert losses[1] == pytest.approx(float(torch.stack(in_frame + in_memory).mean()), rel=1e-5)
+
+    left = criterion._memory[2]
+    assert left.shape == (20, C)  # of 6 * T = 30
+    assert all((left[i] == kept).all(dim=1).any() for i in range(20))
+    counts = (left[:, None] == kept).all(dim=2).sum(dim=0).tolist()
+    assert counts != [4] * T  # a random subset, not the last twenty
 
 
 @pytest.mark.parametrize("guided", [True, False])

@@ -86,12 +86,16 @@ def test_adjacent_frames() -> None:
 
 
 def test_whole_tracks_with_a_memory() -> None:
+    """An item against the frame; where there is a memory, one more against it; the mean over all items."""
     x, queries, memory = embeds(T, Q, C), torch.tensor([3, 0]), embeds(20, C)[15:18]
     terms = []
     for q, remembered in zip(queries.tolist(), ([], list(memory)), strict=True):
         for t in range(T):
-            minus = [x[t, j] for j in range(Q) if j != q] + remembered
-            terms.append(formula(x[t, q], [x[s, q] for s in range(T)], minus))
+            plus = [x[s, q] for s in range(T)]
+            terms.append(formula(x[t, q], plus, [x[t, j] for j in range(Q) if j != q]))
+            if remembered:
+                terms.append(formula(x[t, q], plus, remembered))
+    assert len(terms) == 3 * T
     found = whole_track_loss(x, queries, [x.new_zeros(0, C), memory])
     assert float(found) == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 

@@ -9,7 +9,6 @@ video that mask losses are divided by is, in a training with several processes, 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from vis.structures import ClipTargets, RefinerOutput, SegmenterClip, TrackerOut
 
 #: Weight of DVIS++'s contrastive losses of tracker and refiner.
 CONTRASTIVE_WEIGHT = 2.0
-#: Embeddings of earlier videos that the refiner's contrastive loss keeps of each class.
+#: Embeddings, of single frames of earlier videos, that the refiner's contrastive loss keeps of each class.
 MEMORY_PER_CLASS = 20
 
 
@@ -156,7 +155,7 @@ class RefinerCriterion(ClipCriterion):
     def __init__(self, **options: Any) -> None:
         """Args: those of :class:`ClipCriterion`."""
         super().__init__(**options)
-        self._memory: dict[int, deque[Tensor]] = {}
+        self._memory: dict[int, Tensor] = {}  # class: (m, C) float32
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -223,16 +222,21 @@ class RefinerCriterion(ClipCriterion):
         return mask_sum, dice_sum
 
     def _contrastive(self, embeds: Tensor, pairs: Pairs, target: ClipTargets) -> Tensor:
-        """The loss against the clip and the memory; then the clip's tracks are remembered.
+        """The loss against the clip and the memory; then the clip's tracks are remembered, each frame on its own.
 
         The memory is no part of a checkpoint: it fills again within a few dozen videos after a training is resumed.
         """
         queries, instances = pairs
         labels = target.labels.cpu()[instances].tolist()
         none = embeds.new_zeros(0, embeds.shape[-1])
-        others = [torch.stack([*self._memory[c]]) if self._memory.get(c) else none for c in labels]
-        loss = whole_track_loss(embeds, queries.to(embeds.device), others)
+        loss = whole_track_loss(embeds, queries.to(embeds.device), [self._memory.get(c, none) for c in labels])
         for query, label in zip(queries.tolist(), labels, strict=True):
-            kept = self._memory.setdefault(label, deque(maxlen=MEMORY_PER_CLASS))
-            kept.append(embeds[:, query].detach().float().mean(dim=0))
+            self._remember(label, embeds[:, query].detach().float())
         return loss
+
+    def _remember(self, label: int, embeds: Tensor) -> None:
+        """Add (T, C) embeddings to those of a class; of more than there is room for, random ones stay."""
+        known = torch.cat([self._memory[label], embeds]) if label in self._memory else embeds
+        if len(known) > MEMORY_PER_CLASS:
+            known = known[torch.randperm(len(known))[:MEMORY_PER_CLASS].to(known.device)]
+        self._memory[label] = known.clone()

@@ -78,8 +78,9 @@ def adjacent_frames_loss(embeds: Tensor, queries: Tensor) -> Tensor:
 def whole_track_loss(embeds: Tensor, queries: Tensor, others: list[Tensor]) -> Tensor:
     """Mean contrastive loss of matched queries over a whole clip (DVIS++'s refiner).
 
-    The anchor is query q of frame t, its positives are the same query in all frames, its negatives the other queries of
-    frame t and the remembered embeddings of the query's class from other videos.
+    The anchor is query q of frame t, its positives are the same query in all frames. An anchor has two items: one whose
+    negatives are the other queries of frame t, and, where there are any, one whose negatives are the remembered
+    embeddings of the query's class from other videos. The mean is over all items.
 
     Args:
         embeds: (T, Q, C); queries: (n,) matched queries.
@@ -91,16 +92,24 @@ def whole_track_loss(embeds: Tensor, queries: Tensor, others: list[Tensor]) -> T
     if not len(queries):
         return embeds.float().sum() * 0.0
     embeds = embeds.float()
-    num_frames, num_queries = embeds.shape[:2]
-    losses = []
+    items = []
     for query, remembered in zip(queries.tolist(), others, strict=True):
         anchors = embeds[:, query]  # (T, C)
         with torch.autocast(device_type=embeds.device.type, enabled=False):
+            own = anchors @ anchors.T
             in_frame = torch.einsum("tc,tqc->tq", anchors, embeds)
-            similarity = torch.cat([anchors @ anchors.T, in_frame, anchors @ remembered.float().T], dim=1)
-        positive = torch.zeros_like(similarity, dtype=torch.bool)
-        positive[:, :num_frames] = True
-        negative = ~positive
-        negative[:, num_frames + query] = False  # the anchor itself among the queries of its frame
-        losses.append(contrastive_loss(similarity, positive, negative))
-    return torch.cat(losses).mean()
+            in_memory = anchors @ remembered.float().T
+        rest = torch.ones_like(in_frame, dtype=torch.bool)
+        rest[:, query] = False  # the anchor itself among the queries of its frame
+        items.append(_positives_against(own, in_frame, rest))
+        if len(remembered):
+            items.append(_positives_against(own, in_memory, torch.ones_like(in_memory, dtype=torch.bool)))
+    return torch.cat(items).mean()
+
+
+def _positives_against(positives: Tensor, others: Tensor, negative: Tensor) -> Tensor:
+    """(M,) losses of products with positives (M, P) and with others (M, J), of which ``negative`` (M, J) count."""
+    one, none = torch.ones_like(positives, dtype=torch.bool), torch.zeros_like(negative)
+    return contrastive_loss(
+        torch.cat([positives, others], dim=1), torch.cat([one, none], dim=1), torch.cat([~one, negative], dim=1)
+    )
