@@ -171,6 +171,7 @@ def test_released_dvis_is_taken_with_its_mistakes(released: Callable[..., CfgNod
     for layers in ((ONLINE,), (ONLINE, OFFLINE)):
         cfg = released(*layers)
         assert (cfg.MODEL.TRACKER.MATCHING, cfg.MODEL.CLIP_CRITERION.RELEASED_MATCHER) == ("dvis_v1", True)
+        assert cfg.MODEL.CLIP_CRITERION.RELEASED_LABELS is False  # its recorded losses are without
     assert released(PLUS_ONLINE).MODEL.TRACKER.MATCHING == "correct"
     assert released(PLUS_ONLINE).MODEL.CLIP_CRITERION.RELEASED_MATCHER is False
     ours = load_cfg(str(project_root / "configs/dvis/ovis_online_r50.yaml"))

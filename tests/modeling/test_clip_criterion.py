@@ -258,7 +258,7 @@ def test_absent_frames_want_the_class_and_an_empty_mask() -> None:
     wrong[0, 2:, 2, K] = 27.0  # "no object" once the instance has left
     tracker = replace(tracker, pred_logits=wrong[:, None], mask_embeds=embeds[:, None])
     correct, released = (
-        TrackerCriterion(released_matcher=flag, **OPTIONS)(tracker, tracked()[1], [target], guided=False)
+        TrackerCriterion(released_labels=flag, **OPTIONS)(tracker, tracked()[1], [target], guided=False)
         for flag in (False, True)
     )
     assert float(correct["loss_ce"]) > 5  # the class is to be kept
@@ -266,9 +266,20 @@ def test_absent_frames_want_the_class_and_an_empty_mask() -> None:
 
 
 def test_released_labels() -> None:
-    criterion = TrackerCriterion(released_matcher=True, **OPTIONS)
-    assert criterion._labels(targets()).tolist() == [2, K, 3]
-    assert TrackerCriterion(**OPTIONS)._labels(targets()).tolist() == [2, 0, 3]
+    for kind in (TrackerCriterion, RefinerCriterion):
+        assert kind(released_labels=True, **OPTIONS)._labels(targets()).tolist() == [2, K, 3]
+        assert kind(**OPTIONS)._labels(targets()).tolist() == [2, 0, 3]
+
+
+def test_the_released_matcher_changes_no_label() -> None:
+    """It lets a query be used twice; of instances that enter together, as here, it changes nothing."""
+    tracker, segmenter = tracked()
+    found = []
+    for flag in (False, True):
+        torch.manual_seed(6)
+        criterion = TrackerCriterion(released_matcher=flag, **OPTIONS)
+        found.append(criterion(tracker, segmenter, [targets(IDS[:2])], guided=True))
+    assert {k: v.tolist() for k, v in found[0].items()} == {k: v.tolist() for k, v in found[1].items()}
 
 
 @pytest.mark.parametrize("guided", [True, False])

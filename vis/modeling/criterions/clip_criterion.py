@@ -33,9 +33,12 @@ MEMORY_PER_CLASS = 20
 @declare
 def add_config(cfg: CfgNode) -> None:
     cfg.MODEL.CLIP_CRITERION = type(cfg)()
-    # As DVIS' released code matches: a query may be given to two instances that enter in different frames, and an
-    # instance that is absent in the last frame is trained as no object. For comparisons with that code.
+    # As the matcher of DVIS' first release: a query may be given to two instances that enter in different frames.
     cfg.MODEL.CLIP_CRITERION.RELEASED_MATCHER = False
+    # As the data mapper of that release labels a clip: an instance that is absent in the last frame is trained as no
+    # object. Its matcher and losses have no part in it, so a released yaml does not set it; for who wants to train as
+    # the release did, mistakes included.
+    cfg.MODEL.CLIP_CRITERION.RELEASED_LABELS = False
     # Contrastive losses of DVIS++ on the tracker's references and on the refiner's embeddings (released: USE_CL).
     cfg.MODEL.CLIP_CRITERION.TRACKER_CONTRASTIVE = False
     cfg.MODEL.CLIP_CRITERION.REFINER_CONTRASTIVE = False
@@ -45,14 +48,18 @@ class ClipCriterion(MaskCriterion):
     """What the two have in common: targets as they are matched, and means over the videos."""
 
     @configurable
-    def __init__(self, *, released_matcher: bool = False, contrastive_weight: float = 0.0, **options: Any) -> None:
-        """Args: ``contrastive_weight`` of ``loss_reid``, 0 for none; ``options`` of :class:`MaskCriterion`."""
+    def __init__(self, *, released_labels: bool = False, contrastive_weight: float = 0.0, **options: Any) -> None:
+        """Args:
+        released_labels: an instance that is absent in the last frame is no object, in matching and losses.
+        contrastive_weight: of ``loss_reid``, 0 for none.
+        options: of :class:`MaskCriterion`.
+        """
         super().__init__(**options)
-        self.released_matcher = released_matcher
+        self.released_labels = released_labels
         self.contrastive_weight = contrastive_weight
 
     def _labels(self, target: ClipTargets) -> Tensor:
-        if not self.released_matcher:
+        if not self.released_labels:
             return target.labels
         return target.labels.masked_fill(target.ids[:, -1] == -1, self.num_classes)
 
@@ -67,12 +74,22 @@ def _mean(videos: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 class TrackerCriterion(ClipCriterion):
     """Losses of the tracker: every frame is an image, the pairs are those of the whole clip."""
 
+    @configurable
+    def __init__(self, *, released_matcher: bool = False, **options: Any) -> None:
+        """Args:
+        released_matcher: a query may be given to instances that enter in different frames.
+        options: those of :class:`ClipCriterion`.
+        """
+        super().__init__(**options)
+        self.released_matcher = released_matcher
+
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.CLIP_CRITERION
         return {
             **super().from_config(cfg),
             "released_matcher": node.RELEASED_MATCHER,
+            "released_labels": node.RELEASED_LABELS,
             "contrastive_weight": CONTRASTIVE_WEIGHT * node.TRACKER_CONTRASTIVE,
         }
 
@@ -162,7 +179,7 @@ class RefinerCriterion(ClipCriterion):
         node = cfg.MODEL.CLIP_CRITERION
         return {
             **super().from_config(cfg),
-            "released_matcher": node.RELEASED_MATCHER,
+            "released_labels": node.RELEASED_LABELS,
             "contrastive_weight": CONTRASTIVE_WEIGHT * node.REFINER_CONTRASTIVE,
         }
 
