@@ -115,6 +115,26 @@ def test_a_loss_that_is_not_finite(train: Callable[..., Trainer], tmp_path: Path
     assert not (tmp_path / "out" / "inference").exists(), "a failed training is not evaluated"
 
 
+def test_what_a_matcher_finds_is_said_with_the_iteration(
+    train: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.run_step
+
+    def fail(batch: list[Any]) -> None:
+        raise FloatingPointError("3 of 8 matching costs are not finite")
+
+    def run_step(trainer: Trainer) -> None:
+        if trainer.iter == 2:
+            trainer.model.forward = fail
+        step(trainer)
+
+    monkeypatch.setattr(Trainer, "run_step", run_step)
+    with pytest.raises(
+        FloatingPointError, match=r"at iteration 2, videos of the batch 1\d \(frames .*: 3 of 8 matching"
+    ):
+        train("SOLVER.MAX_ITER", "4")
+
+
 def test_amp_on_the_cpu_is_said(train: Callable[..., Trainer], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING"):
         train("SOLVER.AMP.ENABLED", "True", "SOLVER.MAX_ITER", "1")

@@ -70,7 +70,9 @@ def test_no_instance() -> None:
 def test_overflow_is_an_error_with_advice(where: str, value: float) -> None:
     classes, logits, labels, masks = inputs()
     (classes if where == "classes" else logits)[1, 3, 2] = value
-    with pytest.raises(FloatingPointError, match=r"not finite.*SOLVER.BASE_LR.*bfloat16"):
+    with pytest.raises(
+        FloatingPointError, match=r"not finite.*training: lower SOLVER.BASE_LR.*bfloat16.*test time: the weights"
+    ):
         matcher()(classes, logits, labels, masks)
 
 

@@ -245,7 +245,7 @@ class Trainer(TrainerBase):
         data_time = time.perf_counter() - start
 
         with self._autocast():
-            losses: dict[str, Tensor] = self.model(batch)
+            losses = self._losses(batch)
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
         self.optimizer.zero_grad(set_to_none=True)
         scaler = self.scaler
@@ -259,6 +259,14 @@ class Trainer(TrainerBase):
         else:
             scaler.step(self.optimizer)
             scaler.update()
+
+    def _losses(self, batch: list[ClipSample]) -> dict[str, Tensor]:
+        try:
+            return self.model(batch)
+        except FloatingPointError as error:  # of a matcher, which does not know where the training is
+            raise FloatingPointError(
+                f"at iteration {self.iter}, videos of the batch {_videos(batch)}: {error}"
+            ) from error
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.dtype is None else torch.autocast("cuda", dtype=self.dtype)
@@ -285,13 +293,12 @@ class Trainer(TrainerBase):
             self.storage.put_scalar("[metric]grad_scaler", self.scaler.get_scale(), smoothing_hint=False)
 
     def _fail(self, values: dict[str, float], gradient: float, batch: list[ClipSample]) -> None:
-        videos = ", ".join(f"{sample.get('video_id')} (frames {sample.get('frame_ids')})" for sample in batch)
         last = last_checkpoint(self.folder)
         what = "a gradient" if all(map(math.isfinite, values.values())) else "the loss"
         raise FloatingPointError(
             f"{what} is not finite at iteration {self.iter}: "
             + ", ".join(f"{name} {value:.6g}" for name, value in values.items())
-            + f", gradient norm {gradient:.6g}; videos of the batch: {videos}. "
+            + f", gradient norm {gradient:.6g}; videos of the batch: {_videos(batch)}. "
             + (f"The last checkpoint before is {last}. " if last is not None else "No checkpoint was written before. ")
             + "A lower SOLVER.BASE_LR, SOLVER.CLIP_GRADIENTS, or SOLVER.AMP.DTYPE bfloat16 may help."
         )
@@ -310,6 +317,10 @@ class Trainer(TrainerBase):
             "config": self._config,
             "config_hash": config_hash(self._config),
         }
+
+
+def _videos(batch: list[ClipSample]) -> str:
+    return ", ".join(f"{sample.get('video_id')} (frames {sample.get('frame_ids')})" for sample in batch)
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> OrderedDict[str, Any]:

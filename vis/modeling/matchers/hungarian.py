@@ -20,8 +20,10 @@ def linear_assignment(cost: Tensor) -> Pairs:
     if not torch.isfinite(cost).all():
         bad = int((~torch.isfinite(cost)).sum())
         raise FloatingPointError(
-            f"{bad} of {cost.numel()} matching costs are not finite: the network's outputs have overflowed. "
-            "Lower SOLVER.BASE_LR, or use SOLVER.AMP.DTYPE bfloat16 instead of float16"
+            f"{bad} of {cost.numel()} matching costs are not finite, so the network's outputs are not. "
+            "In training: lower SOLVER.BASE_LR, or use SOLVER.AMP.DTYPE bfloat16 instead of float16. "
+            "At test time: the weights are broken (look for NaN in the file, or take an earlier checkpoint), "
+            "or half precision overflows (run in float32)"
         )
     rows, columns = linear_sum_assignment(cost.detach().cpu().numpy())
     return torch.as_tensor(rows, dtype=torch.int64), torch.as_tensor(columns, dtype=torch.int64)
