@@ -44,5 +44,7 @@ def test_slack(found: list[list[int]], slack: int, wrong: int, rounded: int) -> 
     expected, groups = np.array([[9, 7], [9, 6], [4, 4]]), np.array([0, 0, 1])
     check = _check_areas(np.array(found), expected, groups, np.full((3, 2), slack))
     assert check.ok == (wrong == 0)
-    assert check.detail.startswith(f"{wrong} of 3 tracks differ")
-    assert (f"{rounded} more within rounding" in check.detail) == (rounded > 0)
+    assert (f"{wrong} of 3 tracks differ" in check.detail) == (wrong > 0)
+    said = f"NOT EQUAL in {rounded} of 3 tracks, by up to {slack} pixels, all within rounding of a zero logit"
+    assert (said in check.detail) == (rounded > 0)
+    assert (check.detail == "equal in 3 tracks") == (wrong == rounded == 0)

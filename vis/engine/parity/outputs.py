@@ -164,7 +164,7 @@ def _ties(scores: Array, labels: Array) -> Array:
 
 
 def _check_areas(found: Array, expected: Array, groups: Array, slack: Array) -> Check:
-    """Equal but for ``slack`` (N, T) pixels of ``found``; rows of one group may stand in any order."""
+    """Equal but for ``slack`` (N, T) pixels of ``found``, which is said; rows of one group may stand in any order."""
     if found.shape != expected.shape:
         return Check("areas", False, f"shape {found.shape} instead of {expected.shape}")
     apart = np.abs(found[:, None] - expected[None])  # (N, N, T)
@@ -176,9 +176,13 @@ def _check_areas(found: Array, expected: Array, groups: Array, slack: Array) -> 
     wrong = beyond[rows, partners]
     different = int(wrong.sum())
     rounded = int((apart > 0).any(axis=1).sum()) - different
-    note = f"; {rounded} more within rounding of a logit of 0" if rounded else ""
-    worst = int(apart[wrong].max(initial=0))
-    return Check("areas", different == 0, f"{different} of {len(found)} tracks differ, by up to {worst} pixels{note}")
+    count, worst, small = len(found), int(apart[wrong].max(initial=0)), int(apart[~wrong].max(initial=0))
+    lines = [f"{different} of {count} tracks differ, by up to {worst} pixels"] if different else []
+    if rounded:
+        lines.append(
+            f"NOT EQUAL in {rounded} of {count} tracks, by up to {small} pixels, all within rounding of a zero logit"
+        )
+    return Check("areas", different == 0, "; ".join(lines) or f"equal in {count} tracks")
 
 
 def track_areas(prediction: VideoPrediction, length: int) -> Array:
