@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vis.modeling.trackers import QueryMatchingTracker, match_queries
+from vis.modeling.trackers.query_matching import cosine_similarity
 from vis.modeling.transformer_decoders.masked import DecoderOutput
 
 T, Q, C, K, MASK = 6, 9, 16, 4, 7
@@ -116,6 +117,12 @@ def test_match_of_zero_and_half_precision_embeddings() -> None:
     reference = torch.randn(Q, C, generator=torch.Generator().manual_seed(8))
     order = torch.randperm(Q, generator=torch.Generator().manual_seed(9))
     assert torch.equal(match_queries(reference.bfloat16(), reference[order]), order.argsort())
+
+
+def test_cosine_similarity() -> None:
+    reference, current = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[4.0, 3.0]])
+    assert cosine_similarity(reference, current).tolist() == [[pytest.approx(24 / 25)], [0.0]]
+    assert cosine_similarity(reference, current, added=1.0).tolist() == [[pytest.approx(24 / 36)], [0.0]]
 
 
 def test_overflow_is_an_error() -> None:

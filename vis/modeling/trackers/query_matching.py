@@ -21,11 +21,15 @@ class QueryMatchingState:
     embeds: Tensor
 
 
-def cosine_similarity(reference: Tensor, current: Tensor) -> Tensor:
-    """Of every reference query (..., Q, C) with every current one: (..., Q, Q) float32."""
+def cosine_similarity(reference: Tensor, current: Tensor, *, added: float = 0.0) -> Tensor:
+    """Of every reference query (..., Q, C) with every current one: (..., Q, Q) float32.
+
+    Args:
+        added: to every norm. Without, a query of zeros has similarity 0 with all.
+    """
     with torch.autocast(device_type=current.device.type, enabled=False):
         reference, current = (
-            x.float() / x.float().norm(dim=-1, keepdim=True).clamp(min=1e-6) for x in (reference, current)
+            x.float() / (x.float().norm(dim=-1, keepdim=True) + added).clamp(min=1e-6) for x in (reference, current)
         )
         return reference @ current.mT
 

@@ -25,6 +25,8 @@ from vis.modeling.trackers.query_matching import cosine_similarity
 from vis.structures import SegmenterClip, TrackerOutput
 
 MATCHING = ("correct", "dvis_v1")
+#: Released DVIS divides by the norm of a query and this; released MinVIS by the norm alone.
+NORM_ADDED = 1e-6
 
 
 @declare
@@ -189,7 +191,8 @@ class ReferringTracker(nn.Module):
         """
         opens = last is None
         before = embeds[:, :-1] if last is None else torch.cat([last[:, None], embeds[:, :-1]], dim=1)
-        similarity = cosine_similarity(before, embeds[:, 1 if opens else 0 :]).cpu()  # (B, T or T-1, Q, Q)
+        after = embeds[:, 1 if opens else 0 :]
+        similarity = cosine_similarity(before, after, added=NORM_ADDED).cpu()  # (B, T or T-1, Q, Q)
         order = torch.arange(embeds.shape[2]).expand(len(embeds), -1)
         starts = [Start(order, order, order)] if opens else []
         for frame in similarity.unbind(1):
