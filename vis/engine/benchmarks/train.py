@@ -24,6 +24,32 @@ from vis.structures import ClipSample
 CLIPS, INSTANCES = 2, 6
 
 
+class Training:
+    """A model, its optimizer, and the clips that it is trained on again and again."""
+
+    def __init__(self, settings: Settings) -> None:
+        cfg, self.model = build(settings)
+        self.model.train()
+        self.optimizer = build_optimizer(cfg, self.model)
+        self._clip = build_gradient_clipper(cfg)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._samples = [labelled_clip(settings, seed) for seed in range(CLIPS)]
+
+    def backward(self) -> dict[str, Tensor]:
+        """The losses, whose gradients the parameters have then."""
+        losses: dict[str, Tensor] = self.model(self._samples)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(losses.values())).sum().backward()
+        return losses
+
+    def step(self) -> None:
+        """Forward, backward, clipping, optimizer."""
+        self.backward()
+        if self._clip is not None:
+            self._clip(self.parameters)
+        self.optimizer.step()
+
+
 def measure_train(settings: Settings) -> dict[str, Any]:
     """Forward, backward, clipping and optimizer step, in a process of its own."""
     return in_subprocess("train:run_once", settings)
@@ -35,29 +61,15 @@ def run_once(settings: Settings) -> dict[str, Any]:
     ``peak_mib`` counts everything; ``state_mib`` is what stays between steps: weights, gradients, optimizer. From the
     second step on both are there while activations are, so one step of warm-up belongs to a measurement of memory.
     """
-    cfg, model = build(settings)
-    model.train()
-    optimizer = build_optimizer(cfg, model)
-    clip = build_gradient_clipper(cfg)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    samples = [labelled_clip(settings, seed) for seed in range(CLIPS)]
-
-    def step() -> None:
-        losses: dict[str, Tensor] = model(samples)
-        optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()
-        if clip is not None:
-            clip(parameters)
-        optimizer.step()
-
+    training = Training(settings)
     cuda = settings.device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    seconds = repeat(settings, step)
+    seconds = repeat(settings, training.step)
     return {
         "seconds_per_step": seconds,
         "peak_mib": peak_bytes() / MIB,
-        "state_mib": _state_bytes(model, optimizer) / MIB,
+        "state_mib": _state_bytes(training.model, training.optimizer) / MIB,
         "device_peak_mib": torch.cuda.max_memory_allocated() / MIB if cuda else None,
         "clips": CLIPS,
         "frames_per_clip": settings.frames[0],
