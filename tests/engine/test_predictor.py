@@ -18,6 +18,7 @@ class FakeSession:
     def __init__(self, height: int, width: int) -> None:
         self.size = (height, width)
         self.windows: list[list[torch.Tensor]] = []
+        self.parts: list[list[list[torch.Tensor]]] = []
 
     def push(self, frames: list[torch.Tensor]) -> None:
         assert not torch.is_grad_enabled()
@@ -27,6 +28,12 @@ class FakeSession:
         length = sum(len(window) for window in self.windows)
         empty = torch.zeros(0)
         return VideoPrediction(empty, empty.long(), empty.long(), [], *self.size, length=length)
+
+    def cut(self) -> VideoPrediction:
+        prediction = self.close()
+        self.parts.append(self.windows)
+        self.windows = []
+        return prediction
 
 
 class FakeModel(nn.Module):
@@ -94,6 +101,27 @@ def test_several_videos_do_not_mix(caplog: pytest.LogCaptureFixture) -> None:
     assert "not closed" in caplog.text
     predictor.push(np.zeros((5, 6, 3), dtype=np.uint8))
     assert predictor.close().length == 1
+
+
+def test_results_on_the_way(caplog: pytest.LogCaptureFixture) -> None:
+    predictor = predictor_of()
+    predictor.open(HEIGHT, WIDTH)
+    with pytest.raises(ValueError, match=r"cut\(\) without frames"):
+        predictor.cut()
+    lengths = []
+    for count, end in ((4, predictor.cut), (2, predictor.cut), (1, predictor.close)):
+        for frame in frames_of(count):
+            predictor.push(frame)
+        lengths.append(end().length)
+    assert lengths == [4, 2, 1]
+    (session,) = predictor.model.sessions
+    assert [len(window) for window in session.parts[0]] == [3, 1]  # a cut ends the window
+    predictor.open(HEIGHT, WIDTH)
+    predictor.push(frames_of(1)[0])
+    predictor.cut()
+    with caplog.at_level(logging.WARNING, logger="vis"):
+        predictor.open(HEIGHT, WIDTH)
+    assert "not closed" not in caplog.text  # nothing was lost
 
 
 def test_calls_in_the_wrong_order() -> None:

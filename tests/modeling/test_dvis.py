@@ -169,6 +169,55 @@ def test_open_sessions_do_not_mix(model: Any) -> None:
         assert_same(sessions[i].close(), model([samples[i]])[0])
 
 
+def test_parts_of_a_video_have_the_tracks_of_the_whole(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut twice: the tracker goes on as if there were no cut; the refiner sees the frames of a part."""
+    monkeypatch.setattr(model, "max_num", QUERIES * CLASSES)  # all are reported, so that all can be compared
+    sample, taken = video(2), []
+    track = model.tracker.forward
+
+    def tracked(*args: Any) -> Any:
+        taken.append(track(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(model.tracker, "forward", tracked)
+    (whole,) = model([sample])
+    without = torch.cat([output.pred_embeds for output, _ in taken], dim=1)
+    taken.clear()
+    session, parts = model.open_video(HEIGHT, WIDTH, video_id=0), []
+    for part, end in ((slice(0, 3), session.cut), (slice(3, 4), session.cut), (slice(4, FRAMES), session.close)):
+        session.push(sample["image"][part])
+        parts.append(end())
+    torch.testing.assert_close(torch.cat([output.pred_embeds for output, _ in taken], dim=1), without)
+    assert [part.length for part in parts] == [3, 1, 3]
+    assert all(part.video_id == 0 for part in parts)
+
+    def masks_of(prediction: VideoPrediction) -> dict[int, list[np.ndarray]]:
+        pairs = zip(prediction.track_ids.tolist(), prediction.masks, strict=True)
+        return {key: [decoded(rle) for rle in masks] for key, masks in pairs}
+
+    expected = masks_of(whole)
+    found = [masks_of(part) for part in parts]
+    joined = {key: [mask for part in found for mask in part[key]] for key in expected}
+    assert len({masks[0].tobytes() for masks in expected.values()}) > 1
+    if isinstance(model, DVISOnline):
+        for key, masks in joined.items():
+            assert all(int((a != b).sum()) <= 2 for a, b in zip(masks, expected[key], strict=True))
+    with pytest.raises(ValueError, match="open another with open_video"):
+        session.cut()
+    fresh = model.open_video(HEIGHT, WIDTH)
+    with pytest.raises(ValueError, match="no frame"):
+        fresh.cut()
+    fresh.push(sample["image"][:2])  # a cut that was refused has changed nothing
+    assert fresh.close().length == 2
+
+
+def test_samples_do_not_go_on(model: Any) -> None:
+    sample = video(2)
+    with pytest.raises(ValueError, match=r"'keep': True.*open_video.*cut\(\)"):
+        model([{**sample, "keep": True}])
+    assert model([{**sample, "keep": False}])[0].length == FRAMES
+
+
 def test_one_frame_and_none(model: Any) -> None:
     found = model([video(3, frames=1)])[0]
     assert found.length == 1

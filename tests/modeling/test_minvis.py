@@ -14,9 +14,12 @@ from detectron2.structures import BitMasks, Instances
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from vis.modeling.inference.session import windows
+from vis.modeling.heads.build import Heads
+from vis.modeling.inference.scored import ScoredTracks
+from vis.modeling.inference.session import ContinuedTracks, windows
 from vis.modeling.meta_arch.minvis import MinVIS
 from vis.modeling.segmenter import FrameNormalizer
+from vis.modeling.trackers import QueryMatchingTracker
 from vis.modeling.transformer_decoders import masked
 from vis.modeling.transformer_decoders.masked import predict_masks
 from vis.structures import ClipSample, VideoPrediction
@@ -221,6 +224,46 @@ def test_open_sessions_do_not_mix(shuffled: MinVIS) -> None:
             session.push([frames[t]])
     for i in (1, 0):
         assert_same(sessions[i].close(), shuffled([clip(videos[i])])[0])
+
+
+def test_parts_of_a_video_have_the_tracks_of_the_whole(shuffled: MinVIS, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every query and class is reported, so that the masks of each track in each frame can be compared."""
+    monkeypatch.setattr(shuffled, "max_num", QUERIES * CLASSES)
+    frames = firm_video(shuffled, 2)
+    (whole,) = shuffled([clip(frames)])
+    session = shuffled.open_video(*ORIGINAL)
+    session.push(frames[:2])
+    first = session.cut()
+    session.push(frames[2:])
+    second = session.close()
+    assert (first.length, second.length) == (2, FRAMES - 2)
+    expected = dict(zip(whole.track_ids.tolist(), whole.masks, strict=True))
+    parts = [dict(zip(part.track_ids.tolist(), part.masks, strict=True)) for part in (first, second)]
+    assert {track: [*parts[0][track], *parts[1][track]] for track in range(QUERIES)} == expected
+    assert_same(first, shuffled([clip(frames[:2])])[0])
+
+
+def test_scores_of_a_part_are_of_its_frames() -> None:
+    """What heads said of the frames before a cut counts there alone."""
+    said = iter([0.2, 0.6])
+
+    class Saying(Heads):
+        def score_factors(self, outputs: Any) -> Tensor:
+            return torch.full((len(outputs["pred_logits"]), QUERIES), next(said))
+
+    def segment(images: Tensor) -> Any:
+        of = {"pred_logits": CLASSES + 1, "pred_embeds": 8, "mask_embeds": 4}
+        sizes = {name: torch.zeros(len(images), QUERIES, size) for name, size in of.items()}
+        return {**sizes, "mask_features": torch.zeros(len(images), 4, 3, 5)}
+
+    tracks = ScoredTracks(segment, QueryMatchingTracker(), Saying([]))
+    assert isinstance(tracks, ContinuedTracks)
+    found = []
+    for length in (2, 3):
+        tracks.take(torch.zeros(length, 3, 12, 20))
+        found.append(float(tracks.probabilities().max()) * (CLASSES + 1))
+        tracks = tracks.continued()
+    assert found == pytest.approx([0.2, 0.6])
 
 
 def test_lazy_frames_are_read_once_in_order(model: MinVIS) -> None:

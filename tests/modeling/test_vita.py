@@ -184,6 +184,8 @@ def test_passes_and_pushes_do_not_change_the_result(model: Any, monkeypatch: pyt
     session = model.open_video(OUT_HEIGHT, OUT_WIDTH)
     for pushed in (sample["image"][:1], [], sample["image"][1:6], sample["image"][6:]):
         session.push(pushed)
+    with pytest.raises(ValueError, match="of this method cannot be cut"):
+        session.cut()
     for found in (*results[1:], session.close()):
         assert_same(found, results[0])
     with pytest.raises(ValueError, match="closed"):

@@ -23,6 +23,8 @@ Frame = np.ndarray | Tensor
 class VideoPredictor:
     """Runs a model on videos, frame by frame: ``open``, ``push`` each frame, ``close``; or ``predict`` for all of it.
 
+    ``cut`` gives results on the way: those of the frames since the last cut, with the ids that tracks keep to the end.
+
     Nothing of the size of the video is held: a window of resized frames is collected, the model takes it, and keeps
     what it needs (encoded masks). One predictor runs many videos, one after the other.
 
@@ -31,7 +33,7 @@ class VideoPredictor:
 
     Args:
         model: has ``open_video(height, width)``, whose session has ``push(list of (3, h, w) uint8 RGB)`` and
-            ``close() -> VideoPrediction``. It is put into eval mode.
+            ``close() -> VideoPrediction``, for :meth:`cut` also ``cut() -> VideoPrediction``. It is put into eval mode.
         min_size: the shorter side of a frame for the model, in pixels; 0 keeps frames as they are.
         max_size: the longer side is at most this.
         window_size: frames that are handed to the model at once.
@@ -76,7 +78,7 @@ class VideoPredictor:
     @torch.no_grad()
     def open(self, height: int, width: int) -> None:
         """Begins a video of ``height`` x ``width`` pixels. A video that was begun and not closed is given up."""
-        if self._session is not None:
+        if self._session is not None and self._count:
             logger.warning("a video of %d frames was not closed, its tracks are given up", self._count)
         self._window, self._count, self._size = [], 0, (height, width)
         new_size = shortest_edge_size(height, width, self._min_size, self._max_size)
@@ -114,7 +116,27 @@ class VideoPredictor:
             raise ValueError("a video without frames: push at least one frame before close()")
         self._flush()
         session, self._session = self._session, None
-        prediction: VideoPrediction = session.close()
+        return self._counted(session.close())
+
+    @torch.no_grad()
+    def cut(self) -> VideoPrediction:
+        """The tracks of the frames since ``open`` or the last cut, now; the video goes on, and tracks keep their ids.
+
+        Classes and scores are those of this part of the video. After the last part call ``close`` in place of this.
+
+        Raises:
+            ValueError: no video is open, it has no frame since the last cut, or the method needs all frames at once.
+        """
+        if self._session is None or self._count == 0:
+            raise ValueError(
+                "cut() without frames: open(height, width) a video and push at least one since the last cut"
+            )
+        self._flush()
+        prediction = self._counted(self._session.cut())
+        self._count = 0
+        return prediction
+
+    def _counted(self, prediction: VideoPrediction) -> VideoPrediction:
         assert prediction.length == self._count, f"{self._count} frames pushed, a prediction of {prediction.length}"
         return prediction
 

@@ -36,6 +36,13 @@ class ScoredTracks(OnlineTracks):
         frames = TrackedFrames(tracked["pred_logits"], tracked["mask_embeds"], tracked["mask_features"])
         return frames, ScoredState(tracker, factors)
 
+    def continued(self) -> ScoredTracks:
+        """See :class:`~.session.ContinuedTracks`."""
+        tracks = ScoredTracks(self._segment, self._tracker, self._heads)
+        if self._state is not None:
+            tracks._state = ScoredState(self._state.tracker, None)
+        return tracks
+
     def probabilities(self) -> Tensor:
         """(Q, K)."""
         found, factors = super().probabilities(), self._state.factors

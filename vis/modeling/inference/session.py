@@ -7,7 +7,7 @@ writes their masks at the original size, one frame at a time. What a method make
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ class Tracks(Protocol):
 
     def close(self) -> None:
         """Free what was stored."""
+
+
+@runtime_checkable
+class ContinuedTracks(Protocol):
+    """Tracks whose identities can go on in a next part of the video: see :meth:`VideoSession.cut`."""
+
+    def continued(self) -> Tracks:
+        """Tracks without a frame yet, whose identities go on from the last frame of these."""
 
 
 class TrackedFrames(NamedTuple):
@@ -76,6 +84,12 @@ class OnlineTracks:
         """Mask logits (len(queries), h, w)."""
         return self._store.read(frame, queries)
 
+    def continued(self) -> OnlineTracks:
+        """See :class:`ContinuedTracks`."""
+        tracks = OnlineTracks(self._step)
+        tracks._state = self._state
+        return tracks
+
     def close(self) -> None:
         """Delete the stored masks."""
         self._store.close()
@@ -99,7 +113,11 @@ def windows(frames: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
 
 
 class VideoSession:
-    """One video under way: push frames in order, then close. Sessions of several videos may be open at once."""
+    """One video under way: push frames in order, then close. Sessions of several videos may be open at once.
+
+    A video that is too long to wait for, or that does not end, is cut: :meth:`cut` gives the results of the part since
+    the last cut, and the tracks of the next part go on under the same ids.
+    """
 
     def __init__(
         self,
@@ -166,6 +184,27 @@ class VideoSession:
             scores = scores * writer.mask_scores()[row]
         masks = [writer.tracks[i] for i in row.tolist()]
         return VideoPrediction(scores, labels, queries, masks, *self._output_size, length, self._video_id)
+
+    def cut(self) -> VideoPrediction:
+        """The result of the frames since the last cut, or since the opening; the video goes on.
+
+        Tracks keep their ids: what has a ``track_id`` in one part has it in all of them. Classes, scores and the choice
+        of the results are those of the part alone; a method that looks at all frames at once (DVIS offline) looks at
+        those of the part. After the last part call :meth:`close` in place of this.
+
+        Raises:
+            ValueError: no frame was pushed since the last cut, the session is closed, or the method cannot go on.
+        """
+        self._check_open()
+        if not isinstance(self._tracks, ContinuedTracks):
+            raise ValueError(
+                "a video of this method cannot be cut, since its tracks are made of all frames at once or grow to its "
+                "end: MinVIS, CTVIS and DVIS can. Push all frames, then close"
+            )
+        following = self._tracks.continued()
+        prediction = self.close()
+        self._tracks, self._closed = following, False
+        return prediction
 
     def _check_open(self) -> None:
         if self._closed:

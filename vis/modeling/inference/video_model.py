@@ -66,14 +66,27 @@ class VideoModel(nn.Module):
         raise NotImplementedError
 
     def predict(self, sample: ClipSample) -> VideoPrediction:
-        """One video, read a window at a time."""
+        """One video, read a window at a time.
+
+        Raises:
+            ValueError: the sample asks for the tracks of the one before to go on, which a session does.
+        """
+        if sample.get("keep"):
+            raise ValueError(
+                "a sample with 'keep': True wants the tracks of the sample before to go on, but a model keeps nothing "
+                "between samples: open the video with model.open_video(height, width), push the frames of each part, "
+                "and take its result with cut(), of the last part with close()"
+            )
         session = self.open_video(sample["height"], sample["width"], video_id=sample.get("video_id"))
         for window in windows(sample["image"], self.window_size):
             session.push(window)
         return session.close()
 
     def open_video(self, height: int, width: int, *, video_id: int | None = None) -> VideoSession:
-        """Start a video whose results are wanted at ``height`` x ``width``."""
+        """Start a video whose results are wanted at ``height`` x ``width``.
+
+        A long video may be taken in parts, whose tracks have the same ids: :meth:`VideoSession.cut`.
+        """
         return VideoSession(
             self.open_tracks(),
             normalizer=self.normalizer,

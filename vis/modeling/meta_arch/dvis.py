@@ -290,6 +290,12 @@ class OfflineTracks:
         embeds = self._refined.mask_embeds[-1, 0, frame, queries]
         return predict_masks(embeds[None], self._features.read(frame).to(embeds)[None])[0]
 
+    def continued(self) -> OfflineTracks:
+        """The tracker goes on, the refiner starts anew: :class:`~vis.modeling.inference.session.ContinuedTracks`."""
+        tracks = OfflineTracks(self._model)
+        tracks._state = self._state
+        return tracks
+
     def close(self) -> None:
         """Delete the stored features."""
         self._features.close()
