@@ -8,6 +8,7 @@ YouTube-VIS 2022 challenge, Hwang et al., "Direct Association of Object Queries 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,6 +31,8 @@ from vis.modeling.trackers.clip_matching import ClipMatcher, ClipState, Tracklet
 from vis.modeling.transformer_decoders.masked import predict_masks
 from vis.modeling.transformer_decoders.vita import VitaModule
 from vis.structures import ClipSample, ClipTargets
+
+logger = logging.getLogger(__name__)
 
 
 @declare
@@ -128,6 +131,12 @@ class VITA(VideoModel):
         if not 1 <= clip_stride <= clip_length:
             raise ValueError(
                 f"MODEL.VITA.TEST.CLIP_STRIDE is {clip_stride}, expected 1 to CLIP_LENGTH ({clip_length}) frames"
+            )
+        if clip_matcher is not None and clip_stride == clip_length and clip_matcher.needs_overlap:
+            logger.warning(
+                "MODEL.VITA.TEST.CLIP_STRIDE is CLIP_LENGTH (%d frames): windows share no frame, so that no track goes "
+                "on from one to the next. Lower CLIP_STRIDE",
+                clip_length,
             )
         if match_reduction < 1:
             raise ValueError("MODEL.VITA.TEST.MATCH_STRIDE must be at least MODEL.SEM_SEG_HEAD.COMMON_STRIDE")

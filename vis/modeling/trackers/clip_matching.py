@@ -131,6 +131,11 @@ class ClipMatcher:
             "min_score": node.CAND_SCORE,
         }
 
+    @property
+    def needs_overlap(self) -> bool:
+        """Whether tracks go on from window to window only over frames that the two share."""
+        return self.score != "ifc" or not self.reid
+
     def candidates(self, found: Tracklets) -> Tracklets:
         """Those of a window's queries that may be objects, best first."""
         scores = found.probabilities[:, :-1].amax(dim=1)
@@ -194,7 +199,7 @@ class ClipMatcher:
         active = torch.isfinite(iou[0])  # tracks that share frames with the window
         like = similarity(found.sim_embeds, state).masked_fill(~active, -torch.inf)
         log_p = F.pad(like, (0, 1)).log_softmax(dim=1)  # (n, N + 1), the last one new
-        log_s = found.probabilities[:, :-1].amax(dim=1).log()[:, None]
+        log_s = found.probabilities[:, :-1].amax(dim=1).clamp(min=1e-30).log()[:, None]
         same = found.probabilities[:, :-1].argmax(dim=1)[:, None] == state.class_probabilities().argmax(dim=1)
         known = log_p[:, :-1] + by_score * log_s + by_iou * iou + by_class * same
         new = (log_p[:, -1:] + by_score * log_s + by_class).expand(-1, len(found))
