@@ -107,7 +107,8 @@ def compare(training: Training) -> dict[str, Any]:
     Both start from the same seed and draw the same points. What is left is rounding, and what rounding decides: whether
     a mask logit next to zero opens a cell to a query, which of two points is the more uncertain one. Frames have the
     same layout here: with another, convolutions round otherwise, and which of some equal pixels gets the gradient of
-    max pooling is anybody's guess. Dropout inside of attention, where a model has it, draws otherwise on each side.
+    max pooling is anybody's guess. So is the gradient of deformable attention's offsets, which begin at whole cells.
+    Dropout inside of attention, where a model has it, draws otherwise on each side.
 
     Returns:
         ``loss``: largest difference of a loss over it, ``name`` of that loss; ``gradient``: norm of the difference of
