@@ -9,7 +9,7 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from vis.layers import linear as linear_module
-from vis.layers.linear import Linear, PointwiseConv2d, linear, speed_up_pointwise
+from vis.layers.linear import Linear, PointwiseConv2d, linear, speed_up_pointwise, torch_products
 
 C, D = 12, 7
 
@@ -55,6 +55,16 @@ def test_the_detour_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Linear(C, D)(torch.randn(96, C)).shape == (96, D)
     with pytest.raises(TypeError):
         Linear(C, D)(torch.randn(95, C))
+
+
+def test_torch_products_are_torch_exactly() -> None:
+    layer, x = Linear(C, D), torch.randn(200, C)
+    with torch_products():
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        with torch_products():
+            pass
+        assert not linear_module._detour
+    assert linear_module._detour
 
 
 def test_names_are_those_of_torch() -> None:

@@ -8,6 +8,9 @@ it is computed as one, with results that are equal to rounding. Elsewhere this i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
@@ -17,6 +20,21 @@ from torch import Tensor, nn
 _PICTURES = 16
 # Below this many rows the detour costs more than it gains.
 _MIN_ROWS = 96
+_detour = True
+
+
+@contextmanager
+def torch_products() -> Iterator[None]:
+    """While the body runs, matrix products are torch's own.
+
+    For comparisons with what another program has computed, down to pixels whose mask logit is zero but for rounding.
+    """
+    global _detour
+    before, _detour = _detour, False
+    try:
+        yield
+    finally:
+        _detour = before
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,7 +54,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _through_convolution(x: Tensor, weight: Tensor, rows: int) -> bool:
     return bool(
-        not torch.compiler.is_compiling()  # asked first: a compiler cannot follow the questions below
+        _detour
+        and not torch.compiler.is_compiling()  # asked early: a compiler cannot follow the questions below
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and rows >= _MIN_ROWS

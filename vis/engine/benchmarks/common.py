@@ -50,6 +50,7 @@ class Settings:
         weights: a checkpoint; empty for initial weights.
         manifest: a parity manifest whose formula fills the weights; empty for initial weights.
         warmup, repeats: runs before, and runs that count.
+        beside: more configurations that ``inference`` times in turn with the first.
         end_to_end: ``memory`` evaluates a video in files instead of passing frames to the network.
     """
 
@@ -64,6 +65,7 @@ class Settings:
     manifest: str = ""
     warmup: int = 1
     repeats: int = 3
+    beside: tuple[str, ...] = ()
     end_to_end: bool = False
 
 

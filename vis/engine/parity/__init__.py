@@ -28,6 +28,7 @@ from vis.engine.parity.common import Check, chosen, read_npz
 from vis.engine.parity.losses import check_losses, read_losses
 from vis.engine.parity.outputs import array_names, check_outputs
 from vis.engine.parity.weights import check_state_dict, fill_weights, formula_weight, read_manifest
+from vis.layers.linear import torch_products
 
 __all__ = ["Check", "check_parity", "fill_weights", "formula_weight", "left_out", "parity_options", "read_manifest"]
 
@@ -81,7 +82,8 @@ def check_parity(
         return [*checks, Check("outputs and losses", False, "not compared: the state dicts differ")]
     fill_weights(model, manifest, only)
     if outputs is not None:
-        checks += check_outputs(model, outputs, only)
+        with torch_products():  # the recorded arithmetic: areas are compared to the pixel
+            checks += check_outputs(model, outputs, only)
     if losses is not None:
         checks += check_losses(model, losses)
     return checks
