@@ -5,7 +5,9 @@
     python tools/benchmark.py memory --end-to-end    # a whole evaluation from files, at 50 and at 1000 frames of 720p
     python tools/benchmark.py inference --json out.json
     python tools/benchmark.py inference --against-plain   # and beside it the released architecture in plain PyTorch
+    python tools/benchmark.py inference --beside configs/dvis/ovis_online_r50.yaml   # several models in turn
     python tools/benchmark.py train                  # a training step
+    python tools/benchmark.py train --against-plain  # and beside it the straightforward one, with dense masks
     python tools/benchmark.py op                     # deformable attention alone, its backends side by side on a CPU
     python tools/benchmark.py op-device              # the same on a GPU: device times, against what it must move
     python tools/benchmark.py linear                 # linear layers on a CPU, beside torch's own
@@ -28,7 +30,20 @@ from typing import Any
 
 import torch
 
-from vis.engine.benchmarks import Settings, data, evaluation, inference, linear, memory, op, op_device, plain, train
+from vis.engine.benchmarks import (
+    Settings,
+    beside,
+    data,
+    evaluation,
+    inference,
+    linear,
+    memory,
+    op,
+    op_device,
+    plain,
+    plain_train,
+    train,
+)
 from vis.engine.benchmarks.common import device_name, environment
 
 Benchmark = tuple[Callable[[Settings], dict[str, Any]], Callable[[dict[str, Any]], list[str]], dict[str, Any]]
@@ -43,6 +58,12 @@ BENCHMARKS: dict[str, Benchmark] = {
     "linear": (linear.measure_linear, linear.lines, {"repeats": 10}),
     "data": (data.measure_data, data.lines, {}),
     "evaluation": (evaluation.measure_evaluation, evaluation.lines, {"frames": (36,), "threads": 2}),
+}
+
+#: The same for --against-plain.
+AGAINST_PLAIN: dict[str, Benchmark] = {
+    "inference": (plain.measure_against_plain, plain.lines, {}),
+    "train": (plain_train.measure_train_against_plain, plain_train.lines, plain_train.DEFAULTS),
 }
 
 
@@ -61,8 +82,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
-    parser.add_argument("--config-file", metavar="C", help="model (default configs/minvis/ytvis19_r50.yaml)")
-    parser.add_argument("--against-plain", action="store_true", help="inference: beside plain PyTorch, in turn")
+    parser.add_argument(
+        "--config-file",
+        metavar="C",
+        help="model (default configs/minvis/ytvis19_r50.yaml; train --against-plain: configs/vita/ytvis19_r50.yaml)",
+    )
+    parser.add_argument("--against-plain", action="store_true", help="inference, train: beside plain PyTorch, in turn")
+    parser.add_argument("--beside", nargs="+", metavar="C", help="inference: more configurations, timed in turn")
     parser.add_argument("--weights", metavar="FILE", help="a checkpoint for the model")
     parser.add_argument("--manifest", metavar="M.json.gz", help="fill the weights by a parity manifest's formula")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default cpu (op-device: cuda)")
@@ -89,9 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("--end-to-end is an option of memory")
         defaults = {**defaults, "config_file": memory.END_TO_END_CONFIG, "frames": (50, 1000)}
     if args.against_plain:
-        if args.benchmark != "inference":
-            parser.error(f"--against-plain belongs to inference, not to {args.benchmark}")
-        measure, lines = plain.measure_against_plain, plain.lines
+        if args.benchmark not in AGAINST_PLAIN:
+            parser.error(f"--against-plain belongs to {' and '.join(AGAINST_PLAIN)}, not to {args.benchmark}")
+        measure, lines, more = AGAINST_PLAIN[args.benchmark]
+        defaults = {**defaults, **more}
+    if args.beside:
+        if args.benchmark != "inference" or args.against_plain:
+            parser.error("--beside belongs to inference, without --against-plain")
+        measure, lines = beside.measure_beside, beside.lines
     given = {
         key: value for key, value in vars(args).items() if value is not None and key in Settings.__dataclass_fields__
     }

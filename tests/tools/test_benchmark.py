@@ -165,11 +165,13 @@ def test_a_wrong_configuration_ends_with_a_message(tool: ModuleType, capsys: pyt
     assert "nowhere.yaml" in capsys.readouterr().err
 
 
-def test_only_inference_has_a_plain_counterpart(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_inference_and_training_have_a_plain_counterpart(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        tool.main(["train", "--against-plain"])
+        tool.main(["memory", "--against-plain"])
     assert stop.value.code == 2
-    assert "belongs to inference, not to train" in capsys.readouterr().err
+    assert "belongs to inference and train, not to memory" in capsys.readouterr().err
 
 
 def test_frames_are_lazy_repeatable_and_moving() -> None:
