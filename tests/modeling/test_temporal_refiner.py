@@ -150,13 +150,14 @@ def test_videos_of_a_batch_do_not_see_one_another() -> None:
         assert_same(alone, RefinerOutput(both.pred_logits[:, [b]], both.mask_embeds[:, [b]], both.pred_embeds[[b]]))
 
 
+@pytest.mark.parametrize("tokens", [1, 13, 20])
 @pytest.mark.parametrize("frames", [1, 2, 9])
 @torch.no_grad()
-def test_any_length_and_in_parts(frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_length_and_in_parts(frames: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = refiner(), inputs(frames=frames)
     whole = model(*given)
     assert whole.mask_embeds.shape == (1, B, frames, Q, MASK)
-    monkeypatch.setattr(temporal, "_FRAMES_AT_ONCE", 4)
+    monkeypatch.setattr(temporal, "_TOKENS_AT_ONCE", tokens)
     assert_same(model(*given), whole)
 
 

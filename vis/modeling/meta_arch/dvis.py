@@ -251,7 +251,8 @@ class DVISOffline(_DVIS):
 class OfflineTracks:
     """A video of DVIS offline: queries of all frames are kept, mask features are stored, masks are made at the end.
 
-    What grows with the video in working memory is 2*Q*C numbers a frame (0.4 MB for 100 queries of 512 channels).
+    What grows with the video in working memory is 2*Q*C numbers a frame (0.2 MB for 100 queries of 256 channels), and
+    about twice as much while the refiner works at the end. Mask features are in a temporary file.
     """
 
     def __init__(self, model: DVISOffline) -> None:
@@ -279,7 +280,11 @@ class OfflineTracks:
     def probabilities(self) -> Tensor:
         """Refine; then (Q, K), the larger of the refiner's probability and that of the tracker's mean logits."""
         assert self._logits is not None
-        refined = self._model.refiner(torch.cat(self._embeds)[None], torch.cat(self._memory)[None])
+        embeds = torch.cat(self._embeds)
+        self._embeds = []  # what the refiner takes is not held twice while it works
+        memory = torch.cat(self._memory)
+        self._memory = []
+        refined = self._model.refiner(embeds[None], memory[None])
         self._refined = refined
         of_tracker = class_probabilities(self._logits / len(self))
         return torch.maximum(class_probabilities(refined.pred_logits[-1, 0]), of_tracker)

@@ -19,8 +19,9 @@ from vis.layers.referring_attention import ReferringAttentionLayer
 from vis.modeling.registry import REFINER_REGISTRY
 from vis.structures import RefinerOutput
 
-# Frames of which objects interact at a time: enough for every training clip, and a bound for the width of the FFN.
-_FRAMES_AT_ONCE = 128
+# Queries (of some frames, or of some tracks) that are computed together at test time: what a layer needs beside its
+# input and output, which is the width of its FFN above all, then does not grow with the video.
+_TOKENS_AT_ONCE = 2048
 
 
 @declare
@@ -102,33 +103,64 @@ class TemporalRefiner(nn.Module):
         """
         if not track_embeds.shape[1]:
             raise ValueError("the refiner was given no frame")
-        x, layers = track_embeds, []
-        memory = frame_memory.flatten(0, 1)  # (B*T, Q, C)
+        in_parts = not (self.training or torch.is_grad_enabled())
+        x = track_embeds.clone() if in_parts else track_embeds
+        layers: list[Tensor] = []
         for i in range(len(self.transformer_ffn_layers)):
-            x = self._along_time(i, x)
-            parts = zip(x.flatten(0, 1).split(_FRAMES_AT_ONCE), memory.split(_FRAMES_AT_ONCE), strict=True)
-            x = torch.cat([self._in_frames(i, *part) for part in parts]).view_as(x)
-            layers.append(x)
-        normed = self.decoder_norm(torch.stack(layers if self.training else layers[-1:]))  # (L, B, T, Q, C)
+            x = self._layer_in_parts(i, x, frame_memory) if in_parts else self._layer(i, x, frame_memory)
+            layers = [*layers, x] if self.training else [x]
+        normed = self.decoder_norm(torch.stack(layers) if self.training else x[None])  # (L, B, T, Q, C)
+        del x, layers
         return RefinerOutput(
             pred_logits=self.class_embed(self._pool(normed)),
-            mask_embeds=self.mask_embed(normed),
+            mask_embeds=self._mask_embeds_in_parts(normed) if in_parts else self.mask_embed(normed),
             pred_embeds=normed[-1],
         )
 
-    def _along_time(self, i: int, x: Tensor) -> Tensor:
-        """Each object by itself: all frames attend to all, then neighbours are mixed. (B, T, Q, C) -> the same."""
-        tracks = x.transpose(1, 2)  # (B, Q, T, C)
+    def _layer(self, i: int, x: Tensor, memory: Tensor) -> Tensor:
+        return self._in_frames(i, self._in_tracks(i, x), memory)
+
+    def _layer_in_parts(self, i: int, x: Tensor, memory: Tensor) -> Tensor:
+        """One layer on (B, T, Q, C), in place, so that a long video needs little more than ``x``.
+
+        Tracks do not see one another along time, nor frames while objects interact: parts do not change the result.
+        """
+        size = self._at_once(x[:, :, 0])
+        for tracks in x.split(size, dim=2):
+            tracks.copy_(self._in_tracks(i, tracks))
+        size = self._at_once(x[:, 0])
+        for frames, seen in zip(x.split(size, dim=1), memory.split(size, dim=1), strict=True):
+            frames.copy_(self._in_frames(i, frames, seen))
+        return x
+
+    def _mask_embeds_in_parts(self, normed: Tensor) -> Tensor:
+        size = self._at_once(normed[0, :, 0])
+        first, *others = normed.split(size, dim=2)
+        embeds = self.mask_embed(first)
+        out = embeds.new_empty(*normed.shape[:-1], embeds.shape[-1])
+        out[:, :, :size] = embeds
+        for part, rows in zip(others, out.split(size, dim=2)[1:], strict=True):
+            rows.copy_(self.mask_embed(part))
+        return out
+
+    @staticmethod
+    def _at_once(one: Tensor) -> int:
+        """How many tracks, or frames, are computed together where ``one`` of all videos is (B, tokens, C)."""
+        return max(1, _TOKENS_AT_ONCE // (one.shape[0] * one.shape[1]))
+
+    def _in_tracks(self, i: int, x: Tensor) -> Tensor:
+        """Each track by itself: all frames attend to all, then neighbours are mixed. (B, T, N, C) -> the same."""
+        tracks = x.transpose(1, 2)  # (B, N, T, C)
         # Fused attention: the T x T weights of a long video are never stored.
-        flat = self.transformer_time_self_attention_layers[i](tracks.flatten(0, 1))  # (B*Q, T, C)
+        flat = self.transformer_time_self_attention_layers[i](tracks.flatten(0, 1))  # (B*N, T, C)
         mixed = self.conv_short_aggregate_layers[i](flat.transpose(1, 2)).transpose(1, 2)
         return self.conv_norms[i](flat + mixed).unflatten(0, tracks.shape[:2]).transpose(1, 2)
 
     def _in_frames(self, i: int, x: Tensor, memory: Tensor) -> Tensor:
-        """Each frame by itself, ``x`` and ``memory`` (F, Q, C): objects attend to one another, then to the memory."""
-        x = self.transformer_obj_self_attention_layers[i](x)
-        x = self.transformer_cross_attention_layers[i](x, x, memory)
-        return self.transformer_ffn_layers[i](x)
+        """Each frame by itself: objects attend to one another, then to the memory. (B, F, Q, C) -> the same."""
+        frames = self.transformer_obj_self_attention_layers[i](x.flatten(0, 1))
+        frames = self.transformer_cross_attention_layers[i](frames, frames, memory.flatten(0, 1))
+        return self.transformer_ffn_layers[i](frames).view_as(x)
 
     def _pool(self, normed: Tensor) -> Tensor:
         """Weighted mean over the frames, (L, B, T, Q, C) -> (L, B, Q, C)."""
