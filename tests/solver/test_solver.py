@@ -58,6 +58,23 @@ def test_released_groups() -> None:
     assert len(groups) == 4, "one group for each pair of rate and decay"
 
 
+def test_the_pyramid_around_a_backbone_is_no_backbone() -> None:
+    """IAI: the ResNet inside the pyramid has a rate and a decay of its own; its release takes a head along."""
+    model = nn.Module()
+    model.backbone, model.cls_proj, model.cls_project = nn.Module(), nn.Linear(3, 4), nn.Linear(4, 3)
+    model.backbone.bottom_up, model.backbone.fpn_lateral3 = Block(), nn.Linear(5, 2)
+    options = {"base_lr": 1.0, "weight_decay": 0.1, "weight_decay_norm": 0.2, "backbone_multiplier": 0.5}
+    found = rules(parameter_groups(model, backbone_decay_multiplier=0.5, **options), model)
+    assert found["backbone.bottom_up.linear.weight"] == (0.5, 0.05)
+    assert found["backbone.bottom_up.norm.bias"] == (0.5, 0.1)
+    assert found["backbone.fpn_lateral3.weight"] == found["cls_proj.weight"] == (1.0, 0.1)
+    found = rules(parameter_groups(model, backbone_also=["cls_proj"], **options), model)
+    assert found["cls_proj.bias"] == (0.5, 0.1)
+    assert found["cls_project.bias"] == (1.0, 0.1)
+    with pytest.raises(ValueError, match="BACKBONE_ALSO names .'cls_pro'"):
+        parameter_groups(model, backbone_also=["cls_pro"], **options)
+
+
 def test_groups_keep_the_order_of_the_model() -> None:
     first, second = (parameter_groups(Model(), base_lr=1.0, weight_decay=0.1) for _ in range(2))
     assert [[tuple(p.shape) for p in group["params"]] for group in first] == [

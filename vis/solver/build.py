@@ -48,6 +48,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         base_lr=solver.BASE_LR,
         weight_decay=solver.WEIGHT_DECAY,
         backbone_multiplier=solver.BACKBONE_MULTIPLIER,
+        backbone_decay_multiplier=solver.BACKBONE_DECAY_MULTIPLIER,
+        backbone_also=solver.BACKBONE_ALSO,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         weight_decay_embed=solver.WEIGHT_DECAY_EMBED,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
