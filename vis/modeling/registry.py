@@ -13,6 +13,7 @@ TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_DECODER")
 HEAD_REGISTRY = Registry("HEAD")
 TRACKER_REGISTRY = Registry("TRACKER")
 REFINER_REGISTRY = Registry("REFINER")
+DETECTOR_REGISTRY = Registry("DETECTOR")
 
 
 def lookup(registry: Registry, name: str, key: str) -> Any:
