@@ -25,8 +25,8 @@ def demo(project_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     network = ["MODEL.DEVICE", "cpu", "MODEL.IDOL.ENC_LAYERS", 1, "MODEL.IDOL.DEC_LAYERS", 2]
     training = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.IMS_PER_BATCH", 2, "TEST.EVAL_PERIOD", 0]
 
-    def load(folder: str, *options: Any) -> CfgNode:
-        config = str(project_root / "configs/demo/idol_synthetic.yaml")
+    def load(folder: str, *options: Any, config: str = "idol_synthetic.yaml") -> CfgNode:
+        config = str(project_root / "configs/demo" / config)
         sizes = ["INPUT.MIN_SIZE_TRAIN", (48, 56), "INPUT.MIN_SIZE_TEST", 48]
         return load_cfg(config, [*network, *training, *sizes, "OUTPUT_DIR", str(tmp_path / folder), *options])
 
@@ -57,3 +57,42 @@ def test_training(demo: Callable[..., CfgNode], tmp_path: Path) -> None:
     assert results
     length = json.loads((tmp_path / "synthetic_ovis/val.json").read_text())["videos"][0]["length"]
     assert {len(result["segmentations"]) for result in results} == {length}
+
+
+ABLATIONS = {
+    "baseline": ([], False),
+    "quality": (["QualityHead"], False),
+    "boundary": (["BoundaryHead"], False),
+    "batchformer": ([], True),
+    "quality_boundary": (["QualityHead", "BoundaryHead"], False),
+    "all": (["QualityHead", "BoundaryHead"], True),
+}
+
+
+def test_ablations_differ_in_their_parts_alone(demo: Callable[..., CfgNode]) -> None:
+    def plain(name: str) -> tuple[Any, Any, str]:
+        cfg = demo("x", config=f"idol_ablation_{name}.yaml").clone()
+        cfg.defrost()
+        parts = (list(cfg.MODEL.HEADS), cfg.MODEL.BATCH_FORMER.ENABLED)
+        assert not cfg.MODEL.BATCH_FORMER.ENABLED or cfg.MODEL.BATCH_FORMER.POSITION == "before"
+        cfg.MODEL.HEADS, cfg.MODEL.BATCH_FORMER.ENABLED, cfg.MODEL.BATCH_FORMER.POSITION = [], False, ""
+        return *parts, cfg.dump()
+
+    rows = {name: plain(name) for name in ABLATIONS}
+    assert {name: row[:2] for name, row in rows.items()} == ABLATIONS
+    assert len({row[2] for row in rows.values()}) == 1
+
+
+@pytest.mark.parametrize("name", ["all", "batchformer"])
+def test_ablations_train(demo: Callable[..., CfgNode], name: str) -> None:
+    steps = ["SOLVER.MAX_ITER", 1, "DATASETS.TEST", ()]
+    trained = train(demo(name, *steps, config=f"idol_ablation_{name}.yaml"))
+    assert len(trained.module.heads) == len(ABLATIONS[name][0])
+
+
+def test_overfit_trains_and_tests_on_the_same(demo: Callable[..., CfgNode], tmp_path: Path) -> None:
+    generate("synthetic_ytvis", tmp_path, seed=3, num_videos={"train": 4, "val": 1})
+    cfg = demo("x", config="idol_overfit.yaml")
+    assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == ("idol_four_clips",)
+    assert cfg.DATASETS.CUSTOM[0]["VIDEOS"] == [1, 2, 3, 4]
+    assert cfg.MODEL.WEIGHTS == ""
