@@ -18,6 +18,7 @@ from vis.checkpoint import read_checkpoint
 from vis.engine import load_cfg
 from vis.engine.hooks import MetricPrinter
 from vis.engine.state import config_changes, last_checkpoint, random_state, random_state_kept
+from vis.engine.step import StepNumbers
 from vis.engine.trainer import Trainer, evaluate_only
 
 
@@ -148,7 +149,7 @@ class Scaled(Trainer):
 
     def __init__(self, *args: Any, scale: float) -> None:
         super().__init__(*args)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # type: ignore[assignment]
+        self.step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
 
 
 def test_gradients_are_clipped_after_the_scale_is_taken_out(stub_config: Callable[[str], Path]) -> None:
@@ -167,14 +168,76 @@ def test_gradients_are_clipped_after_the_scale_is_taken_out(stub_config: Callabl
     assert trained[0].storage.history("grad_norm").latest() == trained[1].storage.history("grad_norm").latest()
 
 
+def test_a_training_that_is_told_to_stop(
+    train: Callable[..., Trainer], stub_config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    test = ["DATASETS.TEST", "['training_stub_test']", "TEST.EVAL_PERIOD", "3"]
+    trainer = Trainer(load_cfg(str(stub_config("out")), test))
+    asked: list[int] = []
+
+    def enough(results: Any) -> None:
+        asked.append(trainer.iter)
+        if len(asked) == 2:
+            trainer.stop("nothing is gained any more")
+
+    trainer.after_evaluation.append(enough)
+    trainer.resume_or_load()
+    trainer.train()
+    assert asked == [2, 5], "and none after the training"
+    assert read_checkpoint(tmp_path / "out" / "model_final.pth")["iteration"] == 6
+    assert train(*test, resume=True).iter == 12, "it can go on"
+
+
+class Counting:
+    """Something with a state of its own."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def test_parts_are_in_the_checkpoints(stub_config: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
+    config = load_cfg(str(stub_config("out")), ["SOLVER.MAX_ITER", "1"])
+    trainer = Trainer(config)
+    trainer.stateful["counting"] = Counting(3)
+    trainer.resume_or_load()
+    trainer.train()
+    trainer = Trainer(config)
+    trainer.stateful = {"counting": Counting(0), "other": Counting(5)}
+    trainer.resume_or_load(resume=True)
+    assert [part.state_dict()["count"] for part in trainer.stateful.values()] == [3, 5]
+    assert "no state of other, which starts anew" in caplog.text
+
+
+def test_a_step_that_the_sentinel_leaves_out(stub_config: Callable[[str], Path]) -> None:
+    trainer = Trainer(load_cfg(str(stub_config("out")), ["SOLVER.MAX_ITER", "3", "MODEL.STUB.NAN_AT", "1"]))
+    seen = []
+
+    class Skip:
+        def examine(self, numbers: StepNumbers) -> bool:
+            seen.append((numbers.iteration, numbers.finite()))
+            return numbers.finite()
+
+    trainer.step.sentinel = Skip()
+    trainer.resume_or_load()
+    trainer.train()
+    assert seen == [(0, True), (1, False), (2, True)]
+    assert all(torch.isfinite(p).all() for p in trainer.module.parameters())
+
+
 def test_an_overflow_lowers_the_scale_and_goes_on(stub_config: Callable[[str], Path]) -> None:
     scaled = Scaled(load_cfg(str(stub_config("out")), ["SOLVER.MAX_ITER", "1"]), scale=8.0)
     before = {name: p.clone() for name, p in scaled.module.named_parameters()}
-    scaled.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    scaled.step.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
     scaled.resume_or_load()
     scaled.train()
-    assert scaled.scaler is not None
-    assert scaled.scaler.get_scale() == 4.0
+    assert scaled.step.scaler is not None
+    assert scaled.step.scaler.get_scale() == 4.0
     assert all(torch.equal(p, before[name]) for name, p in scaled.module.named_parameters()), "the step is left out"
 
 
@@ -183,7 +246,7 @@ def test_an_overflow_lowers_the_scale_and_goes_on(stub_config: Callable[[str], P
 def test_mixed_precision_on_cuda(train: Callable[..., Trainer], dtype: str) -> None:
     opts = ["MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", dtype]
     first = train(*opts)
-    assert (first.scaler is not None) == (dtype == "float16")
+    assert (first.step.scaler is not None) == (dtype == "float16")
     assert next(first.module.parameters()).dtype == torch.float32
     second = train(*opts, "SOLVER.MAX_ITER", "20", resume=True)
     assert second.start_iter == 12

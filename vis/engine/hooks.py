@@ -74,6 +74,13 @@ class CheckpointHook(HookBase):
             self._save(state, self.folder / FINAL)
         self._forget()
 
+    def after_train(self) -> None:
+        """Keep as the final one what a training ends with that was told to stop."""
+        if self.trainer.stop_reason and self.trainer.iter < self.trainer.max_iter:
+            state = self.get_state()
+            if comm.is_main_process():
+                self._save(state, self.folder / FINAL)
+
     def _save(self, state: dict[str, Any], path: Path) -> None:
         save_atomic(state, path)
         set_last_checkpoint(path)

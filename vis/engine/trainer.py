@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import logging
-import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from detectron2.engine import hooks as d2_hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from vis.checkpoint import build_class_map, load_weights, read_checkpoint, remove_temporary_files
 from vis.config import CfgNode
-from vis.data.loaders import build_test_loader, build_train_loader
+from vis.data.loaders import build_train_loader
+from vis.engine.data_parallel import data_parallel
+from vis.engine.evaluation import check_test_set, evaluate, evaluate_only
 from vis.engine.hooks import CheckpointHook, EvaluationHook, MetricPrinter
+from vis.engine.precision import mixed_precision
 from vis.engine.state import (
     LAST,
     METRICS,
@@ -38,16 +35,24 @@ from vis.engine.state import (
     set_earlier_run_aside,
     set_random_state,
 )
-from vis.evaluation import build_evaluator, inference_on_dataset
+from vis.engine.step import StopAtNonFinite, TrainingStep
 from vis.modeling import build_model
 from vis.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
-from vis.solver.clipping import gradient_norm
 from vis.structures import ClipSample
+
+__all__ = ["Trainer", "evaluate", "evaluate_only"]
 
 logger = logging.getLogger(__name__)
 
 LOG_PERIOD = 20
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Stateful(Protocol):
+    """Something whose state belongs into checkpoints; ``state_dict`` gives tensors and plain containers only."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
 
 class Trainer(TrainerBase):
@@ -75,11 +80,23 @@ class Trainer(TrainerBase):
         self.device = next(self.module.parameters()).device
         self.optimizer = build_optimizer(cfg, self.module)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
-        self.clipper = build_gradient_clipper(cfg)
-        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.dtype, self.scaler = _mixed_precision(cfg, self.device)
-        self.model = _distributed(self.module, self.device)
+        self.model = data_parallel(self.module, self.device)
+        dtype, scaler = mixed_precision(cfg, self.device)
+        self.step = TrainingStep(
+            module=self.module,
+            model=self.model,
+            optimizer=self.optimizer,
+            clipper=build_gradient_clipper(cfg),
+            dtype=dtype,
+            scaler=scaler,
+            sentinel=StopAtNonFinite(self.folder),
+        )
+        # What else belongs into checkpoints, by name. A part that is not in the checkpoint that is resumed starts anew.
+        self.stateful: dict[str, Stateful] = {}
+        # Called after every evaluation in every process, with the results (empty outside the main process).
+        self.after_evaluation: list[Callable[[OrderedDict[str, Any]], None]] = []
         self.results: OrderedDict[str, Any] = OrderedDict()
+        self.stop_reason = ""
         self._resumed_random: list[dict[str, Any]] | None = None
         self._loader: Iterator[list[ClipSample]] = iter(())
         self._first: list[ClipSample] | None = None
@@ -128,8 +145,13 @@ class Trainer(TrainerBase):
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is of another model than this config describes: {error}") from error
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler is not None and state["scaler"] is not None:
-            self.scaler.load_state_dict(state["scaler"])
+        if self.step.scaler is not None and state["scaler"] is not None:
+            self.step.scaler.load_state_dict(state["scaler"])
+        for name, part in self.stateful.items():
+            if name in state.get("parts", {}):
+                part.load_state_dict(state["parts"][name])
+            else:
+                logger.warning("%s has no state of %s, which starts anew", path, name)
         self.start_iter = state["iteration"]
         self._resumed_random = state["random"]
         logger.info("Resumed from %s: %d of %d iterations are done", path, self.start_iter, self.max_iter)
@@ -178,11 +200,22 @@ class Trainer(TrainerBase):
                     self.before_step()
                     self.run_step()
                     self.after_step()
-                self.iter = self.max_iter
+                    if self.stop_reason:
+                        logger.info("Training ends after iteration %d: %s", iteration, self.stop_reason)
+                        break
+                else:
+                    self.iter = self.max_iter
                 self._loader = iter(())  # ends the workers before the last evaluation
             finally:
                 self.after_train()
         return self.results
+
+    def stop(self, reason: str) -> None:
+        """End the training after this iteration and keep it as ``model_final.pth``; every process must call it alike.
+
+        For ``after_evaluation``: no evaluation follows.
+        """
+        self.stop_reason = reason
 
     def _prepare(self) -> None:
         if comm.is_main_process():
@@ -190,7 +223,7 @@ class Trainer(TrainerBase):
             for stale in remove_temporary_files(self.folder):
                 logger.info("removed %s, which a killed process left half-written", stale)
         for name in self.cfg.DATASETS.TEST if comm.is_main_process() else ():
-            _check_test_set(self.cfg, name)
+            check_test_set(self.cfg, name)
         if self.start_iter < self.max_iter:
             self._loader = build_train_loader(self.cfg, start_iter=self.start_iter)
             self._first = next(self._loader)
@@ -232,76 +265,17 @@ class Trainer(TrainerBase):
 
     def _evaluate(self) -> OrderedDict[str, Any]:
         self.results = evaluate(self.cfg, self.module)
+        for call in self.after_evaluation:
+            call(self.results)
         return self.results
 
     def run_step(self) -> None:
         """One iteration: batch, losses, gradients, clipping, update."""
-        tell = getattr(self.module, "set_iteration", None)
-        if tell is not None:  # a method whose losses change in the course of a training, which may be a resumed one
-            tell(self.iter)
         start = time.perf_counter()
         batch = self._first if self._first is not None else next(self._loader)
         self._first = None
-        data_time = time.perf_counter() - start
-
-        with self._autocast():
-            losses = self._losses(batch)
-            total = torch.stack([loss.float() for loss in losses.values()]).sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        scaler = self.scaler
-        (total if scaler is None else scaler.scale(total)).backward()
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
-        norm = gradient_norm(self.parameters) if self.clipper is None else self.clipper(self.parameters)
-        self._record(losses, norm, data_time, batch)
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-            scaler.update()
-
-    def _losses(self, batch: list[ClipSample]) -> dict[str, Tensor]:
-        try:
-            return self.model(batch)
-        except FloatingPointError as error:  # of a matcher, which does not know where the training is
-            raise FloatingPointError(
-                f"at iteration {self.iter}, videos of the batch {_videos(batch)}: {error}"
-            ) from error
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.dtype is None else torch.autocast("cuda", dtype=self.dtype)
-
-    def _record(self, losses: dict[str, Tensor], norm: Tensor, data_time: float, batch: list[ClipSample]) -> None:
-        """Check the numbers of this step before the update, in one transfer from the device, and store them."""
-        names = list(losses)
-        numbers = torch.stack(
-            [*(loss.detach().float() for loss in losses.values()), norm.detach().float().to(self.device)]
-        )
-        values = dict(zip([*names, "grad_norm"], numbers.tolist(), strict=True))
-        gradient = values.pop("grad_norm")
-        # Overflow of a gradient is what a scaler is there for: it leaves the step out and lowers the scale.
-        if not all(map(math.isfinite, values.values())) or (self.scaler is None and not math.isfinite(gradient)):
-            self._fail(values, gradient, batch)
-        if comm.get_world_size() > 1:
-            reduced = comm.reduce_dict({name: numbers[i] for i, name in enumerate(names)})
-            values = {name: float(value) for name, value in reduced.items()}
-        self.storage.put_scalar("data_time", data_time)
-        self.storage.put_scalar("total_loss", sum(values.values()))
-        self.storage.put_scalars(**values)
-        self.storage.put_scalar("grad_norm", gradient)
-        if self.scaler is not None:
-            self.storage.put_scalar("[metric]grad_scaler", self.scaler.get_scale(), smoothing_hint=False)
-
-    def _fail(self, values: dict[str, float], gradient: float, batch: list[ClipSample]) -> None:
-        last = last_checkpoint(self.folder)
-        what = "a gradient" if all(map(math.isfinite, values.values())) else "the loss"
-        raise FloatingPointError(
-            f"{what} is not finite at iteration {self.iter}: "
-            + ", ".join(f"{name} {value:.6g}" for name, value in values.items())
-            + f", gradient norm {gradient:.6g}; videos of the batch: {_videos(batch)}. "
-            + (f"The last checkpoint before is {last}. " if last is not None else "No checkpoint was written before. ")
-            + "A lower SOLVER.BASE_LR, SOLVER.CLIP_GRADIENTS, or SOLVER.AMP.DTYPE bfloat16 may help."
-        )
+        self.storage.put_scalar("data_time", time.perf_counter() - start)
+        self.step(self.iter, batch)
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What is needed to continue after this iteration exactly; call it in every process."""
@@ -309,7 +283,8 @@ class Trainer(TrainerBase):
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "scaler": None if self.step.scaler is None else self.step.scaler.state_dict(),
+            "parts": {name: part.state_dict() for name, part in self.stateful.items()},
             # Batches are a function of the iteration, so this is the position of the sampler too.
             "iteration": self.iter + 1,
             "random": comm.gather(random_state()),
@@ -317,84 +292,3 @@ class Trainer(TrainerBase):
             "config": self._config,
             "config_hash": config_hash(self._config),
         }
-
-
-def _videos(batch: list[ClipSample]) -> str:
-    return ", ".join(f"{sample.get('video_id')} (frames {sample.get('frame_ids')})" for sample in batch)
-
-
-def evaluate(cfg: CfgNode, model: nn.Module) -> OrderedDict[str, Any]:
-    """Run ``model`` over every data set of ``DATASETS.TEST``; results go to ``OUTPUT_DIR/inference``.
-
-    An evaluation of the same weights that was stopped is continued (``TEST.RESUME``).
-
-    Returns:
-        For one data set its results, for several ``{data set: results}``; in the main process.
-    """
-    names = list(cfg.DATASETS.TEST)
-    results: OrderedDict[str, Any] = OrderedDict()
-    for name in names:
-        folder = Path(cfg.OUTPUT_DIR) / "inference" / (name if len(names) > 1 else "")
-        loader = build_test_loader(cfg, name)
-        found = inference_on_dataset(model, loader, build_evaluator(cfg, name, folder, model=model))
-        results[name] = found or OrderedDict()
-    return results[names[0]] if len(names) == 1 else results
-
-
-def evaluate_only(cfg: CfgNode, *, resume: bool = False) -> OrderedDict[str, Any]:
-    """Load ``MODEL.WEIGHTS`` strictly and evaluate; no training data are needed.
-
-    Args:
-        resume: take the last checkpoint of ``OUTPUT_DIR`` instead, where there is one.
-
-    Raises:
-        ValueError: there is nothing to load or nothing to evaluate on, or the weights are not of this model.
-        FileNotFoundError: the weights or the data set are not there.
-    """
-    if not cfg.DATASETS.TEST:
-        raise ValueError("DATASETS.TEST is empty: name the data sets to evaluate on")
-    weights: str | Path | None = last_checkpoint(cfg.OUTPUT_DIR) if resume else None
-    if weights is not None and cfg.MODEL.WEIGHTS:
-        logger.warning("--resume evaluates %s; MODEL.WEIGHTS %s is NOT used", weights, cfg.MODEL.WEIGHTS)
-    weights = weights or cfg.MODEL.WEIGHTS
-    if not weights:
-        raise ValueError(
-            "nothing to evaluate: set MODEL.WEIGHTS to a file, or use --resume with the OUTPUT_DIR of a training"
-        )
-    model = build_model(cfg)
-    load_weights(model, weights, training=False)
-    model.eval()
-    return evaluate(cfg, model)
-
-
-def _check_test_set(cfg: CfgNode, name: str) -> None:
-    """Find out before the training, not after it, that there is nothing to evaluate on."""
-    try:
-        build_test_loader(cfg, name)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f'{error} (DATASETS.TEST "()" trains without evaluation)') from error
-
-
-def _mixed_precision(cfg: CfgNode, device: torch.device) -> tuple[torch.dtype | None, torch.amp.GradScaler | None]:
-    amp = cfg.SOLVER.AMP
-    if not amp.ENABLED:
-        return None, None
-    if amp.DTYPE not in _DTYPES:
-        raise ValueError(f"SOLVER.AMP.DTYPE {amp.DTYPE!r} is not one of {', '.join(_DTYPES)}")
-    if device.type != "cuda":
-        logger.warning("SOLVER.AMP.ENABLED: mixed precision applies to CUDA only; this run on %s uses float32", device)
-        return None, None
-    dtype = _DTYPES[amp.DTYPE]
-    logger.info("mixed precision: %s%s", amp.DTYPE, " with a loss scaler" if dtype is torch.float16 else "")
-    return dtype, torch.amp.GradScaler("cuda") if dtype is torch.float16 else None
-
-
-def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
-    if comm.get_world_size() == 1:
-        return model
-    # Each process keeps its own statistics of the batches; the option was renamed, and the old name warns.
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    option: dict[str, Any] = {name: False}
-    devices = [torch.cuda.current_device()] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, **option)
