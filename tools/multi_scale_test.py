@@ -11,6 +11,7 @@ from vis.config import CfgNode
 from vis.engine import load_cfg
 from vis.engine.defaults import argument_parser, default_setup, parse_arguments, run_tool
 from vis.engine.launch import launch
+from vis.engine.manifest import run_manifest
 from vis.engine.multi_scale import multi_scale_test
 
 _EPILOG = """
@@ -24,7 +25,10 @@ examples:
 def work(args: argparse.Namespace, cfg: CfgNode) -> None:
     """What every process does."""
     default_setup(cfg, args)
-    multi_scale_test(cfg, args.sizes, weights=args.weights, iou_threshold=args.iou, max_num=args.max_num)
+    with run_manifest(cfg, kind="multi-scale test", config_file=args.config_file, folder="fused") as manifest:
+        found = multi_scale_test(cfg, args.sizes, weights=args.weights, iou_threshold=args.iou, max_num=args.max_num)
+        results = {name: {"segm": result.percent()} for name, result in found.items() if result is not None}
+        manifest.results = next(iter(results.values())) if len(found) == len(results) == 1 else results
 
 
 def worker(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from vis.config import CfgNode
 from vis.engine import load_cfg
 from vis.engine.defaults import argument_parser, default_setup, parse_arguments, run_tool
 from vis.engine.launch import launch
+from vis.engine.manifest import run_manifest
 from vis.engine.trainer import Trainer, evaluate_only
 
 
@@ -24,12 +25,14 @@ def config(file: str, opts: tuple[str, ...]) -> CfgNode:
 def work(args: argparse.Namespace, cfg: CfgNode) -> None:
     """What every process does."""
     default_setup(cfg, args)
-    if args.eval_only:
-        evaluate_only(cfg, resume=args.resume)
-        return
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
+    kind = "evaluation" if args.eval_only else "training"
+    with run_manifest(cfg, kind=kind, config_file=args.config_file, resume=args.resume) as manifest:
+        if args.eval_only:
+            manifest.results = evaluate_only(cfg, resume=args.resume)
+            return
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        manifest.results = trainer.train()
 
 
 def worker(args: argparse.Namespace) -> None:
