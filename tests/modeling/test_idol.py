@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,51 @@ def test_open_sessions_do_not_mix(model: Any) -> None:
         assert_same(sessions[i].close(), model([samples[i]])[0])
 
 
+@pytest.mark.parametrize("cuts", [(4,), (1, 2, 12)])
+def test_parts_of_a_video_have_the_tracks_of_the_whole(
+    model: Any, cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory goes on, so a track keeps its id and its masks; scores are of the part alone."""
+    rules = replace(model.rules, classes="best", drop_noise=False)
+    monkeypatch.setattr(model, "rules", rules)
+    sample = video(1)
+    (whole,) = model([sample])
+    assert len(whole) > 4
+    session = model.open_video(57, 101, video_id=5)
+    parts, start = [], 0
+    for stop in cuts:
+        session.push(sample["image"][start:stop])
+        parts.append(session.cut())
+        start = stop
+    with pytest.raises(ValueError, match="no frame"):
+        session.cut()
+    session.push(sample["image"][start:])  # a cut that was refused has changed nothing
+    parts.append(session.close())
+    assert [part.length for part in parts] == [b - a for a, b in zip((0, *cuts), (*cuts, FRAMES), strict=True)]
+    assert {part.video_id for part in parts} == {5}
+    joined: dict[int, list[Any]] = {}
+    for track in whole.track_ids.tolist():
+        for part in parts:
+            masks = dict(zip(part.track_ids.tolist(), part.masks, strict=True))
+            joined.setdefault(track, []).extend(masks.get(track, [None] * part.length))
+    assert joined == dict(zip(whole.track_ids.tolist(), whole.masks, strict=True))
+    assert_same(parts[0], model([clip_of(sample, cuts[0])])[0])
+    with pytest.raises(ValueError, match="open another with open_video"):
+        session.cut()
+
+
+def clip_of(sample: ClipSample, stop: int) -> ClipSample:
+    changed = sample.copy()
+    changed["image"], changed["video_id"] = sample["image"][:stop], 5
+    return changed
+
+
+def test_samples_do_not_go_on(model: Any) -> None:
+    sample: Any = {**video(2), "keep": True}
+    with pytest.raises(ValueError, match="take its result with cut"):
+        model([sample])
+
+
 def test_one_frame_and_none(model: Any) -> None:
     found = model([video(3, frames=1)])[0]
     assert found.length == 1
@@ -216,7 +262,7 @@ def test_nothing_above_the_threshold(model: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_one_result_for_a_track(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     many = model([video(1)])[0]
-    monkeypatch.setattr(model, "multi_class", False)
+    monkeypatch.setattr(model, "rules", replace(model.rules, classes="best"))
     found = model([video(1)])[0]
     assert len(set(found.track_ids.tolist())) == len(found)
     assert set(many.track_ids.tolist()) <= set(found.track_ids.tolist())
@@ -240,8 +286,8 @@ def test_masks_are_made_for_survivors_alone(model: Any, monkeypatch: pytest.Monk
     session.push(video(1)["image"])
     assert len(counts) == FRAMES
     assert max(counts) < QUERIES
-    held = session._window_tracker.growing._tracks.values()
-    assert {tuple(track.total.shape) for track in held} == {(CLASSES,)}
+    held = session._tracks._tracks.values()
+    assert {tuple(track.scores.shape) for track in held} == {(CLASSES,)}
     assert all(rle is None or isinstance(rle["counts"], str) for track in held for rle in track.masks.values())
 
 

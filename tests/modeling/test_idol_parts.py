@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from vis.modeling.heads.contrastive import ContrastiveHead, key_reference_losses
 from vis.modeling.heads.deformable_detr import DeformableTransformer
 from vis.modeling.heads.dynamic_mask import MaskBranch, build_controller, dynamic_masks
 from vis.modeling.inference.detections import mask_nms, select_queries
-from vis.modeling.inference.growing import GrowingTracks, encode_logits
+from vis.modeling.inference.growing import FrameSizes, GrowingTracks, ResultRules, encode_logits
 from vis.modeling.losses.boxes import corners, giou_loss, l1_loss, overlaps
 from vis.modeling.losses.focal import focal_cost, sigmoid_focal_loss
 from vis.modeling.pixel_decoders.deformable_encoder import PaddedLevels, valid_position_encoding
@@ -228,51 +230,105 @@ def test_encoded_masks(output_size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     logits = torch.randn(11, 16, 24)
     logits[3] = -1.0
-    sizes = {"padded_size": (64, 96), "input_size": (40, 72), "output_size": output_size}
-    found = encode_logits(logits, **sizes)
+    sizes = FrameSizes(padded=(64, 96), input=(40, 72), output=output_size)
+    found = encode_logits(logits, sizes)
     full = F.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=False).sigmoid()
     expected = F.interpolate(full[..., :40, :72], size=output_size, mode="nearest")[0] > 0.5
     for rle, mask in zip(found, expected.numpy(), strict=True):
         decoded = np.zeros(output_size, np.uint8) if rle is None else coco_mask.decode(rle)
         assert np.array_equal(decoded.astype(bool), mask)
     assert found[3] is None
-    assert encode_logits(logits[:0], **sizes) == []
+    assert encode_logits(logits[:0], sizes) == []
+
+
+RLE_A, RLE_B = {"size": [2, 2], "counts": "04"}, {"size": [2, 2], "counts": "13"}
+
+
+def grown(frames: Sequence[dict[int, list[float]]], **rules: Any) -> GrowingTracks:
+    """Tracks of frames {id: class probabilities}."""
+    tracks = GrowingTracks(ResultRules(**rules))
+    for frame in frames:
+        rows = torch.tensor(list(frame.values())).reshape(len(frame), -1 if frame else 2)
+        tracks.add(list(frame), rows, [RLE_A] * len(frame))
+    return tracks
+
+
+def listed(tracks: GrowingTracks) -> list[tuple[int, int, float]]:
+    """(track, class, score), best first."""
+    scores, labels, ids = (x.tolist() for x in tracks.results())
+    return [(i, label, round(score, 4)) for i, label, score in zip(ids, labels, scores, strict=True)]
+
+
+FRAMES = [{0: [0.8, 0.2]}, {}, {0: [0.6, 0.0], 1: [0.01, 0.04]}]
 
 
 def test_growing_results() -> None:
     """Means over the frames of a track alone; every class above the threshold, or the best whatever it is."""
-    tracks = GrowingTracks()
-    rle = {"size": [2, 2], "counts": "04"}
-    tracks.add([0], torch.tensor([[0.8, 0.2]]), [rle])
-    tracks.add([], torch.zeros(0, 2), [])
-    tracks.add([0, 1], torch.tensor([[0.6, 0.0], [0.01, 0.04]]), [None, rle])
-    scores, labels, ids = tracks.results(0.05, multi_class=True)
-    assert scores.tolist() == pytest.approx([0.7, 0.1])
-    assert (labels.tolist(), ids.tolist()) == ([0, 1], [0, 0])
-    scores, labels, ids = tracks.results(0.05, multi_class=False)
-    assert (labels.tolist(), ids.tolist()) == ([0, 1], [0, 1])
-    assert tracks.masks(0) == [rle, None, None]
-    assert tracks.masks(1) == [None, None, rle]
-    largest = GrowingTracks(score_type="max")
-    for value in (0.3, 0.9, 0.5):
-        largest.add([4], torch.tensor([[value, 1 - value]]), [rle])
-    assert largest.results(0.0, multi_class=True)[0].tolist() == pytest.approx([0.9, 0.7])
-    assert [len(x) for x in GrowingTracks().results(0.05, multi_class=True)] == [0, 0, 0]
-    with pytest.raises(ValueError, match="TEMPORAL_SCORE_TYPE is 'median'"):
-        GrowingTracks(score_type="median")
+    assert listed(grown(FRAMES, threshold=0.05)) == [(0, 0, 0.7), (0, 1, 0.1)]
+    assert listed(grown(FRAMES, threshold=0.05, max_num=1)) == [(0, 0, 0.7)]
+    assert listed(grown(FRAMES, classes="best", threshold=0.05)) == [(0, 0, 0.7), (1, 1, 0.04)]
+    maxima = [{4: [value, 1 - value]} for value in (0.3, 0.9, 0.5)]
+    assert listed(grown(maxima, score_type="max")) == [(4, 0, 0.9), (4, 1, 0.7)]
+    assert listed(grown([], threshold=0.05)) == []
+
+
+def test_masks_of_a_growing_track() -> None:
+    tracks = GrowingTracks(ResultRules())
+    for ids, masks in (([0], [RLE_A]), ([], []), ([0, 1], [None, RLE_B])):
+        tracks.add(ids, torch.ones(len(ids), 2), masks)
+    assert (tracks.masks(0), tracks.masks(1)) == ([RLE_A, None, None], [None, None, RLE_B])
+
+
+def test_means_over_the_video() -> None:
+    """A frame without the track counts 0."""
+    assert listed(grown(FRAMES, score_type="video", threshold=0.02)) == [(0, 0, 0.4667), (0, 1, 0.0667)]
+
+
+def test_majority_of_frames() -> None:
+    """The class that is best most often, with the mean of the frames' best; of equals the one that is surer."""
+    frames = [{0: [0.9, 0.1], 1: [0.2, 0.7]}, {0: [0.3, 0.4], 1: [0.6, 0.5]}, {0: [0.3, 0.5]}]
+    assert listed(grown(frames, classes="vote")) == [(1, 1, 0.65), (0, 1, 0.6)]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"score_type": "median"}, "TEMPORAL_SCORE_TYPE is 'median'"),
+        ({"classes": "some"}, "'some', expected one of"),
+        ({"max_num": -1}, "0 .all of them. or more"),
+    ],
+)
+def test_rules_that_are_none(rules: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ResultRules(**rules)
+
+
+def test_tracks_go_on_after_a_cut() -> None:
+    """Scores and masks are of the part; whether a track is noise, of all frames."""
+    first = grown([{0: [0.9], 1: [0.3]}, {0: [0.7], 1: [0.3]}] + [{0: [0.8]}] * 7 + [{0: [0.8], 2: [0.5]}])
+    assert listed(first) == [(0, 0, 0.8), (2, 0, 0.5)], "two frames, and eight without: noise"
+    second = first.continued()
+    assert (len(second), listed(second)) == (0, [])
+    for frame in ({0: 0.4}, {}, {}, {3: 0.6}):
+        second.add(list(frame), torch.tensor(list(frame.values()))[:, None], [RLE_B] * len(frame))
+    assert listed(second) == [(3, 0, 0.6), (0, 0, 0.4)], "one frame of this part, but ten before"
+    assert second.masks(0) == [RLE_B, None, None, None]
+    for _ in range(2):
+        second.add([], torch.zeros(0, 1), [])
+    assert listed(second) == [(0, 0, 0.4)], "track 3 is noise, though its part has not ten frames"
 
 
 def test_noise_goes_from_the_tenth_frame_on() -> None:
     """A track of two frames that missed the last two is dropped, but not before there are ten frames."""
-    tracks = GrowingTracks()
+    tracks = GrowingTracks(ResultRules(threshold=0.5))
     score = torch.ones(1, 1)
     for frame in range(9):
         tracks.add([0] if frame < 2 else [], score[: int(frame < 2)], [None] * int(frame < 2))
-    assert len(tracks.results(0.5, multi_class=True)[0]) == 1
+    assert len(tracks.results()[0]) == 1
     tracks.add([], score[:0], [])
-    assert len(tracks.results(0.5, multi_class=True)[0]) == 0
+    assert len(tracks.results()[0]) == 0
     for frame in range(3):
         tracks.add([0, 1][: 1 + int(frame == 2)], score.expand(1 + int(frame == 2), 1), [None] * (1 + int(frame == 2)))
     for _ in range(5):
         tracks.add([], score[:0], [])
-    assert tracks.results(0.5, multi_class=True)[2].tolist() == [0], "three frames are no noise, one is"
+    assert tracks.results()[2].tolist() == [0], "three frames are no noise, one is"

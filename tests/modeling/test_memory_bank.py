@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vis.config import get_cfg
-from vis.modeling.inference.growing import GrowingTracks
+from vis.modeling.inference.growing import GrowingTracks, ResultRules
 from vis.modeling.registry import TRACKER_REGISTRY
 from vis.modeling.trackers.memory_bank import FrameDetections, MemoryBankTracker
 
@@ -161,7 +161,7 @@ def test_equals_the_slow_reference(name: str, seed: int) -> None:
 def test_results_equal_the_released_assembly(seed: int) -> None:
     """Whole histories with None for frames without the track, padded and cleaned after every frame."""
     video, rng = random_video(seed), np.random.default_rng(seed)
-    tracker, tracks = MemoryBankTracker(), GrowingTracks()
+    tracker, tracks = MemoryBankTracker(), GrowingTracks(ResultRules(threshold=0.45))
     history: dict[int, dict[str, list[Any]]] = {}
     state, dropped = None, 0
     for t in range(len(video.scores)):
@@ -195,7 +195,7 @@ def test_results_equal_the_released_assembly(seed: int) -> None:
         mean = torch.stack([score for score in entry["scores"] if score is not None]).mean(dim=0)
         expected += [(key, label, float(mean[label])) for label in range(4) if mean[label] > 0.45]
         assert tracks.masks(key) == entry["masks"]
-    scores, labels, found = tracks.results(0.45, multi_class=True)
+    scores, labels, found = tracks.results()
     assert sorted(zip(found.tolist(), labels.tolist(), strict=True)) == sorted(x[:2] for x in expected)
     by_pair = {x[:2]: x[2] for x in expected}
     for key, label, score in zip(found.tolist(), labels.tolist(), scores.tolist(), strict=True):

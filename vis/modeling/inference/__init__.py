@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from vis.modeling.inference.growing import FrameSizes, GrowingModel, ResultRules, TrackedFrame
 from vis.modeling.inference.mask_store import MaskStore
 from vis.modeling.inference.results import MaskWriter, select_tracks
 from vis.modeling.inference.session import OnlineTracks, TrackedFrames, Tracks, VideoSession, class_probabilities
 from vis.modeling.inference.video_model import VideoModel
 
 __all__ = [
+    "FrameSizes",
+    "GrowingModel",
     "MaskStore",
     "MaskWriter",
     "OnlineTracks",
+    "ResultRules",
+    "TrackedFrame",
     "TrackedFrames",
     "Tracks",
     "VideoModel",

@@ -1,7 +1,8 @@
 """One video under way: frames are pushed in windows, the result comes at the end.
 
-The session does what all methods have in common: it checks and cuts the frames, and at the end selects the tracks and
-writes their masks at the original size, one frame at a time. What a method makes of a window is its :class:`Tracks`.
+The session does what all methods have in common: it checks and cuts the frames. At the end :class:`VideoSession`
+selects the tracks and writes their masks at the original size, one frame at a time, with a method's :class:`Tracks`;
+for tracks that begin and end there is :class:`~.growing.GrowingSession`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,21 @@ from vis.modeling.inference.mask_store import MaskStore
 from vis.modeling.inference.results import MaskWriter, select_tracks
 from vis.modeling.segmenter import FrameNormalizer
 from vis.modeling.transformer_decoders.masked import predict_masks
-from vis.structures import VideoPrediction
+from vis.structures import ClipSample, VideoPrediction
 
 
-class Tracks(Protocol):
-    """What a method knows of one video: it takes windows, then tells classes, then masks of the chosen tracks."""
+class Frames(Protocol):
+    """What a method knows of the frames of one video, or of a part of it."""
 
     def __len__(self) -> int:
         """Frames taken so far."""
+
+    def close(self) -> None:
+        """Free what was stored."""
+
+
+class Tracks(Frames, Protocol):
+    """Of a method that reports at the end: it takes windows, then tells classes, then masks of the chosen tracks."""
 
     def take(self, images: Tensor) -> None:
         """The next frames, normalised and padded: (T, 3, H, W)."""
@@ -34,15 +42,12 @@ class Tracks(Protocol):
     def masks(self, frame: int, queries: list[int]) -> Tensor:
         """Then: mask logits (len(queries), h, w) of some tracks in one frame."""
 
-    def close(self) -> None:
-        """Free what was stored."""
-
 
 @runtime_checkable
 class ContinuedTracks(Protocol):
-    """Tracks whose identities can go on in a next part of the video: see :meth:`VideoSession.cut`."""
+    """Tracks whose identities can go on in a next part of the video: see :meth:`Session.cut`."""
 
-    def continued(self) -> Tracks:
+    def continued(self) -> Frames:
         """Tracks without a frame yet, whose identities go on from the last frame of these."""
 
 
@@ -112,27 +117,51 @@ def windows(frames: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
         yield window
 
 
-class VideoSession:
+def run_video(open_video: Callable[..., Session], sample: ClipSample, window_size: int) -> VideoPrediction:
+    """One video of a data set, read a window at a time.
+
+    Args:
+        open_video: ``open_video(height, width, video_id=...)`` of the model.
+
+    Raises:
+        ValueError: the sample asks for the tracks of the one before to go on, which a session does.
+    """
+    if sample.get("keep"):
+        raise ValueError(
+            "a sample with 'keep': True wants the tracks of the sample before to go on, but a model keeps nothing "
+            "between samples: open the video with model.open_video(height, width), push the frames of each part, "
+            "and take its result with cut(), of the last part with close()"
+        )
+    session = open_video(sample["height"], sample["width"], video_id=sample.get("video_id"))
+    for window in windows(sample["image"], window_size):
+        session.push(window)
+    return session.close()
+
+
+class Session:
     """One video under way: push frames in order, then close. Sessions of several videos may be open at once.
 
     A video that is too long to wait for, or that does not end, is cut: :meth:`cut` gives the results of the part since
     the last cut, and the tracks of the next part go on under the same ids.
+
+    What is done with the windows (:meth:`_take`) and after the last one (:meth:`_result`) differs.
     """
 
     def __init__(
         self,
-        tracks: Tracks,
+        tracks: Frames,
         *,
         normalizer: FrameNormalizer,
         window_size: int,
-        max_num: int,
-        mask_score: bool,
         output_size: tuple[int, int],
         video_id: int | None,
     ) -> None:
-        """Args: ``output_size`` (height, width) of the results; the others as :class:`~.video_model.VideoModel` has."""
-        self._tracks, self._normalizer = tracks, normalizer
-        self._window_size, self._max_num, self._mask_score = window_size, max_num, mask_score
+        """Args:
+        window_size: frames per pass.
+        output_size: (height, width) of the results.
+        """
+        self._tracks: Any = tracks
+        self._normalizer, self._window_size = normalizer, window_size
         self._output_size, self._video_id = output_size, video_id
         self._input_size: tuple[int, int] | None = None
         self._closed = False
@@ -151,7 +180,7 @@ class VideoSession:
             if size != self._input_size:
                 raise ValueError(f"a frame is {size}, the first of the video was {self._input_size} (height, width)")
         for window in windows(frames, self._window_size):
-            self._tracks.take(self._normalizer(window))
+            self._take(self._normalizer(window))
 
     @torch.no_grad()
     def close(self) -> VideoPrediction:
@@ -161,29 +190,13 @@ class VideoSession:
             ValueError: no frame was pushed, or the session is closed.
         """
         self._check_open()
-        length = len(self._tracks)
-        if not length or self._input_size is None:
+        if not len(self._tracks) or self._input_size is None:
             raise ValueError("the video has no frame: push at least one before close")
         self._closed = True
         try:
-            scores, labels, queries = (x.cpu() for x in select_tracks(self._tracks.probabilities(), self._max_num))
-            kept, row = torch.unique(queries, return_inverse=True)
-            writer = MaskWriter(
-                num_queries=len(kept),
-                padded_size=self._normalizer.padded_size([self._input_size]),
-                input_size=self._input_size,
-                output_size=self._output_size,
-                device=self._normalizer.device,
-                with_mask_score=self._mask_score,
-            )
-            for frame in range(length):
-                writer.add(self._tracks.masks(frame, kept.tolist()))
+            return self._result(self._input_size)
         finally:
             self._tracks.close()
-        if self._mask_score:
-            scores = scores * writer.mask_scores()[row]
-        masks = [writer.tracks[i] for i in row.tolist()]
-        return VideoPrediction(scores, labels, queries, masks, *self._output_size, length, self._video_id)
 
     def cut(self) -> VideoPrediction:
         """The result of the frames since the last cut, or since the opening; the video goes on.
@@ -198,14 +211,55 @@ class VideoSession:
         self._check_open()
         if not isinstance(self._tracks, ContinuedTracks):
             raise ValueError(
-                "a video of this method cannot be cut, since its tracks are made of all frames at once or grow to its "
-                "end: MinVIS, CTVIS and DVIS can. Push all frames, then close"
+                "a video of this method cannot be cut, since its tracks are made of all frames at once, as VITA's are; "
+                "those of every other method here go on after a cut. Push all frames, then close"
             )
         following = self._tracks.continued()
         prediction = self.close()
         self._tracks, self._closed = following, False
         return prediction
 
+    def _take(self, images: Tensor) -> None:
+        """The next frames, normalised and padded: (T, 3, H, W)."""
+        raise NotImplementedError
+
+    def _result(self, input_size: tuple[int, int]) -> VideoPrediction:
+        """After the last frame of a part; there is at least one. ``input_size`` (height, width) of the frames."""
+        raise NotImplementedError
+
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the video is closed: open another with open_video")
+
+
+class VideoSession(Session):
+    """Of a method that stores masks in low resolution: at the end tracks are chosen, then their masks are written."""
+
+    _tracks: Tracks
+
+    def __init__(self, tracks: Tracks, *, max_num: int, mask_score: bool, **options: Any) -> None:
+        """Args: as :class:`~.video_model.VideoModel` has them; ``options`` of :class:`Session`."""
+        super().__init__(tracks, **options)
+        self._max_num, self._mask_score = max_num, mask_score
+
+    def _take(self, images: Tensor) -> None:
+        self._tracks.take(images)
+
+    def _result(self, input_size: tuple[int, int]) -> VideoPrediction:
+        length = len(self._tracks)
+        scores, labels, queries = (x.cpu() for x in select_tracks(self._tracks.probabilities(), self._max_num))
+        kept, row = torch.unique(queries, return_inverse=True)
+        writer = MaskWriter(
+            num_queries=len(kept),
+            padded_size=self._normalizer.padded_size([input_size]),
+            input_size=input_size,
+            output_size=self._output_size,
+            device=self._normalizer.device,
+            with_mask_score=self._mask_score,
+        )
+        for frame in range(length):
+            writer.add(self._tracks.masks(frame, kept.tolist()))
+        if self._mask_score:
+            scores = scores * writer.mask_scores()[row]
+        masks = [writer.tracks[i] for i in row.tolist()]
+        return VideoPrediction(scores, labels, queries, masks, *self._output_size, length, self._video_id)

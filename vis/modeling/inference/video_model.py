@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from vis.modeling.inference.session import Tracks, VideoSession, windows
+from vis.modeling.inference.session import Session, Tracks, VideoSession, run_video
 from vis.modeling.segmenter import Segmenter, build_segmenter, refuse_segmenter_cache
 from vis.modeling.transformer_decoders.masked import DecoderOutput
 from vis.structures import ClipSample, VideoPrediction
@@ -71,21 +71,12 @@ class VideoModel(nn.Module):
         Raises:
             ValueError: the sample asks for the tracks of the one before to go on, which a session does.
         """
-        if sample.get("keep"):
-            raise ValueError(
-                "a sample with 'keep': True wants the tracks of the sample before to go on, but a model keeps nothing "
-                "between samples: open the video with model.open_video(height, width), push the frames of each part, "
-                "and take its result with cut(), of the last part with close()"
-            )
-        session = self.open_video(sample["height"], sample["width"], video_id=sample.get("video_id"))
-        for window in windows(sample["image"], self.window_size):
-            session.push(window)
-        return session.close()
+        return run_video(self.open_video, sample, self.window_size)
 
-    def open_video(self, height: int, width: int, *, video_id: int | None = None) -> VideoSession:
+    def open_video(self, height: int, width: int, *, video_id: int | None = None) -> Session:
         """Start a video whose results are wanted at ``height`` x ``width``.
 
-        A long video may be taken in parts, whose tracks have the same ids: :meth:`VideoSession.cut`.
+        A long video may be taken in parts, whose tracks have the same ids: :meth:`~.session.Session.cut`.
         """
         return VideoSession(
             self.open_tracks(),

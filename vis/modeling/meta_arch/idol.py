@@ -22,15 +22,14 @@ from vis.modeling.criterions.idol import FrameTargets, IDOLCriterion
 from vis.modeling.heads.build import Heads, HeadTargets, build_heads
 from vis.modeling.heads.deformable_detr import DeformableDETR, Detections, InstanceDETR
 from vis.modeling.inference.detections import mask_nms, select_queries
-from vis.modeling.inference.growing import GrowingSession, GrowingTracks, WindowTracker, encode_logits
-from vis.modeling.inference.session import windows
+from vis.modeling.inference.growing import FrameSizes, GrowingModel, ResultRules, TrackedFrame, encode_logits
 from vis.modeling.matchers.ota import Assignment
 from vis.modeling.pixel_decoders.batch_former import build_batch_former
 from vis.modeling.registry import TRACKER_REGISTRY, lookup
 from vis.modeling.segmenter import FrameNormalizer, check_labels
 from vis.modeling.segmenter.frames import pad_masks
 from vis.modeling.trackers.memory_bank import FrameDetections, MemoryBankState
-from vis.structures import ClipSample, VideoPrediction
+from vis.structures import ClipSample
 
 
 @declare
@@ -77,15 +76,15 @@ def add_config(cfg: CfgNode) -> None:
     # A detection is linked only to a track with at least this cosine; -1, as released, links the best detection to a
     # track that is alone in memory whatever it looks like.
     node.MIN_COSINE = -1.0
-    # Results: class scores of a track ("mean" or "max" over its frames); every class above APPLY_CLS_THRES is a result
-    # of its own, or, without MULTI_CLS_ON, the best class alone.
+    # Results: class scores of a track ("mean" or "max" over its frames, "video": mean over all frames of the video);
+    # every class above APPLY_CLS_THRES is a result of its own, or, without MULTI_CLS_ON, the best class alone.
     node.TEMPORAL_SCORE_TYPE = "mean"
     node.MULTI_CLS_ON = True
     node.APPLY_CLS_THRES = 0.05
 
 
 @META_ARCH_REGISTRY.register()
-class IDOL(nn.Module):
+class IDOL(GrowingModel):
     """Detector, criterion and a tracker without parameters."""
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
@@ -111,30 +110,22 @@ class IDOL(nn.Module):
         detr: InstanceDETR,
         criterion: IDOLCriterion,
         tracker: nn.Module,
-        normalizer: FrameNormalizer,
         num_classes: int,
-        window_size: int,
         select_threshold: float,
         box_iou: float,
         mask_iou: float,
-        score_type: str,
-        class_threshold: float,
-        multi_class: bool,
         heads: Heads | None = None,
+        **options: Any,
     ) -> None:
         """Args:
-        window_size: frames per pass at test time; it changes nothing else.
         select_threshold, box_iou, mask_iou: of a frame's detections, see :mod:`vis.modeling.inference.detections`.
-        score_type, class_threshold, multi_class: of results, see :mod:`vis.modeling.inference.growing`.
+        options: of :class:`~vis.modeling.inference.growing.GrowingModel`.
         """
-        super().__init__()
-        if window_size < 1:
-            raise ValueError(f"MODEL.MASK_FORMER.TEST.WINDOW_SIZE is {window_size}, expected at least 1 frame")
-        self.detr, self.criterion, self.tracker, self.normalizer = detr, criterion, tracker, normalizer
+        super().__init__(**options)
+        self.detr, self.criterion, self.tracker = detr, criterion, tracker
         self.heads = Heads([]) if heads is None else heads
-        self.num_classes, self.window_size = num_classes, window_size
+        self.num_classes = num_classes
         self.select_threshold, self.box_iou, self.mask_iou = select_threshold, box_iou, mask_iou
-        self.score_type, self.class_threshold, self.multi_class = score_type, class_threshold, multi_class
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -173,18 +164,12 @@ class IDOL(nn.Module):
             "select_threshold": node.INFERENCE_SELECT_THRES,
             "box_iou": node.BOX_NMS,
             "mask_iou": node.NMS_PRE,
-            "score_type": node.TEMPORAL_SCORE_TYPE,
-            "class_threshold": node.APPLY_CLS_THRES,
-            "multi_class": node.MULTI_CLS_ON,
+            "rules": ResultRules(
+                score_type=node.TEMPORAL_SCORE_TYPE,
+                classes="all" if node.MULTI_CLS_ON else "best",
+                threshold=node.APPLY_CLS_THRES,
+            ),
         }
-
-    @property
-    def device(self) -> torch.device:
-        return self.normalizer.device
-
-    def forward(self, samples: Sequence[ClipSample]) -> dict[str, Tensor] | list[VideoPrediction]:
-        """Pairs of frames -> ``{loss_*}`` in training; videos -> one :class:`VideoPrediction` each in eval mode."""
-        return self.losses(samples) if self.training else [self.predict(sample) for sample in samples]
 
     def losses(self, samples: Sequence[ClipSample]) -> dict[str, Tensor]:
         """Weighted losses of pairs (key frame, reference frame).
@@ -255,35 +240,16 @@ class IDOL(nn.Module):
             targets.append(FrameTargets(labels, boxes, masks, visible, (int(height), int(width))))
         return targets
 
-    def predict(self, sample: ClipSample) -> VideoPrediction:
-        """One video, read a window at a time."""
-        session = self.open_video(sample["height"], sample["width"], video_id=sample.get("video_id"))
-        for window in windows(sample["image"], self.window_size):
-            session.push(window)
-        return session.close()
-
-    def open_video(self, height: int, width: int, *, video_id: int | None = None) -> GrowingSession:
-        """Start a video whose results are wanted at ``height`` x ``width``."""
-        tracks = GrowingTracks(score_type=self.score_type)
-        state: MemoryBankState | None = None
-
-        def step(images: Tensor, input_size: tuple[int, int]) -> None:
-            nonlocal state
-            sizes = {"padded_size": _size(images), "input_size": input_size, "output_size": (height, width)}
-            for probabilities, embeds, masks in self._detect(images, input_size):
-                ids, state = self.tracker(FrameDetections(probabilities.amax(dim=1), embeds), state)
-                rows = [row for row, track in enumerate(ids) if track >= 0]
-                tracks.add([ids[row] for row in rows], probabilities[rows], encode_logits(masks[rows], **sizes))
-
-        return GrowingSession(
-            WindowTracker(step, tracks),
-            normalizer=self.normalizer,
-            window_size=self.window_size,
-            output_size=(height, width),
-            video_id=video_id,
-            threshold=self.class_threshold,
-            multi_class=self.multi_class,
-        )
+    def track(
+        self, images: Tensor, sizes: FrameSizes, state: MemoryBankState | None
+    ) -> tuple[list[TrackedFrame], MemoryBankState | None]:
+        """See :class:`~vis.modeling.inference.growing.WindowStep`; ``state`` is the memory of the video."""
+        frames = []
+        for probabilities, embeds, masks in self._detect(images, sizes.input):
+            ids, state = self.tracker(FrameDetections(probabilities.amax(dim=1), embeds), state)
+            rows = [row for row, track in enumerate(ids) if track >= 0]
+            frames.append(TrackedFrame([ids[r] for r in rows], probabilities[rows], encode_logits(masks[rows], sizes)))
+        return frames, state
 
     def _detect(self, images: Tensor, input_size: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of each frame its detections, best first: probabilities (n, K), embeddings (n, C), mask logits (n, h, w).
