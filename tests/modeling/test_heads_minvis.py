@@ -11,6 +11,7 @@ import torch
 from detectron2.structures import BitMasks, Instances
 
 from vis.checkpoint import load_weights
+from vis.layers.batch_former import BatchFormer
 from vis.modeling import build_model
 from vis.structures import ClipSample
 
@@ -101,6 +102,42 @@ def test_the_segmenter_of_dvisplus_takes_them_too(tiny_model: Callable[..., Any]
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
+VITA = {
+    "MODEL.META_ARCHITECTURE": "VITA",
+    "MODEL.VITA.ENC_LAYERS": 2,
+    "MODEL.VITA.DEC_LAYERS": 2,
+    "MODEL.VITA.HIDDEN_DIM": 40,
+    "MODEL.VITA.NHEADS": 4,
+    "MODEL.VITA.NUM_OBJECT_QUERIES": 13,
+    "MODEL.VITA.LAST_LAYER_NUM": 2,
+}
+CLIPS = [BATCH[0], sample(7, [[False], [True]], (48, 56))]
+
+
+def test_the_segmenter_of_vita_takes_them_too(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model({**VITA, **HEADS, **STREAMS}).train()
+    pairs: list[Any] = []
+    losses_of_quality = model.heads["quality"].losses
+    model.heads["quality"].losses = lambda out, targets: pairs.extend(targets.pairs) or losses_of_quality(out, targets)
+    losses = model(CLIPS)
+    assert {"loss_boundary", "loss_quality", "loss_vita_sim", "loss_vita_ce"} <= set(losses)
+    assert [len(instances) for _, instances in pairs] == 2 * [2, 1, 0, 1]
+    torch.stack(list(losses.values())).sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_two_equal_streams_of_vita_are_one(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the block changes nothing, neither do the losses: both streams have all targets of all clips."""
+    points = {"MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 9000}
+    plain, model = tiny_model({**VITA, **HEADS, **points}).train(), tiny_model({**VITA, **HEADS, **STREAMS, **points})
+    model.train().load_state_dict(plain.state_dict(), strict=False)
+    monkeypatch.setattr(BatchFormer, "forward", lambda self, x, shapes: x)
+    expected, found = plain(CLIPS), model(CLIPS)
+    assert set(found) == set(expected)
+    for name, loss in expected.items():
+        torch.testing.assert_close(found[name], loss, rtol=0.03, atol=0.01, msg=lambda m, name=name: f"{name} {m}")
+
+
 @torch.no_grad()
 def test_nothing_changes_at_test_time(tiny_model: Callable[..., Any]) -> None:
     """Results are those of the model without them, whatever the new parameters are."""
@@ -181,8 +218,9 @@ def test_one_frame_has_one_stream(tiny_model: Callable[..., Any], caplog: pytest
     [
         ({"MODEL.HEADS": ["QualityHed"]}, "MODEL.HEADS is 'QualityHed'.*Did you mean 'QualityHead'"),
         ({"MODEL.HEADS": ["QualityHead", "QualityHead"]}, "names a head twice"),
-        ({**HEADS, "MODEL.META_ARCHITECTURE": "VITA"}, "VITA trains no such heads"),
-        ({**STREAMS, "MODEL.META_ARCHITECTURE": "VITA"}, "VITA has no losses over two streams"),
+        ({**HEADS, **VITA, "MODEL.VITA.FREEZE_DETECTOR": True}, "FREEZE_DETECTOR leaves as they are"),
+        ({**HEADS, **VITA, "MODEL.QUALITY_HEAD.SCORE_POWER": 1.0}, "SCORE_POWER is 1.0.*those of videos: set it to 0"),
+        ({**HEADS, "MODEL.META_ARCHITECTURE": "DVISOnline"}, "DVISOnline leaves the segmenter.*start DVISOnline from"),
         ({**STREAMS, "MODEL.BATCH_FORMER.LAYERS": [1]}, r"BATCH_FORMER.LAYERS is \[1\].*0..0"),
     ],
 )

@@ -123,16 +123,28 @@ def mask_former_targets(
 
 
 def refuse_unused(cfg: CfgNode, architecture: Any) -> None:
-    """Raises:
-    ValueError: there are heads or a BatchFormer in the configuration of a method that would not train them.
+    """A method says what it has losses for: ``TAKES_HEADS``, ``TWO_STREAMS`` (of a BatchFormer), and with
+    ``HEADS_IN_SCORES`` False that its results do not ask the heads.
+
+    Raises:
+        ValueError: there are heads or a BatchFormer in the configuration of a method that would not train them.
     """
-    if cfg.MODEL.HEADS and not getattr(architecture, "TAKES_HEADS", False):
-        raise ValueError(f"MODEL.HEADS is {list(cfg.MODEL.HEADS)}, but {architecture.__name__} trains no such heads")
+    heads, name = list(cfg.MODEL.HEADS), architecture.__name__
     frozen = "sem_seg_head" in getattr(architecture, "FROZEN", ())  # it is in eval mode, where there is no stream
-    if cfg.MODEL.BATCH_FORMER.ENABLED and not frozen and not getattr(architecture, "TWO_STREAMS", False):
+    if heads and frozen:
         raise ValueError(
-            f"MODEL.BATCH_FORMER.ENABLED: {architecture.__name__} has no losses over two streams; set it to False"
+            f"MODEL.HEADS is {heads}, but {name} leaves the segmenter as it is: train that with them (MinVIS, CTVIS) "
+            f"and start {name} from its weights, with MODEL.HEADS []"
         )
+    if heads and not getattr(architecture, "TAKES_HEADS", False):
+        raise ValueError(f"MODEL.HEADS is {heads}, but {name} trains no such heads")
+    if heads and cfg.MODEL.QUALITY_HEAD.SCORE_POWER and not getattr(architecture, "HEADS_IN_SCORES", True):
+        raise ValueError(
+            f"MODEL.QUALITY_HEAD.SCORE_POWER is {cfg.MODEL.QUALITY_HEAD.SCORE_POWER}, but the heads of {name} know "
+            "queries of frames, and its scores are of those of videos: set it to 0"
+        )
+    if cfg.MODEL.BATCH_FORMER.ENABLED and not frozen and not getattr(architecture, "TWO_STREAMS", False):
+        raise ValueError(f"MODEL.BATCH_FORMER.ENABLED: {name} has no losses over two streams; set it to False")
 
 
 def matched_rows(values: Tensor, frame: int, pairs: Pairs) -> Tensor:

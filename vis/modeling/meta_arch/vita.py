@@ -21,6 +21,7 @@ from torch import Tensor
 from vis.config import declare
 from vis.modeling.criterions.set_criterion import MaskTargets, SetCriterion
 from vis.modeling.criterions.vita import VitaCriterion
+from vis.modeling.heads.build import Heads, build_heads, mask_former_targets
 from vis.modeling.inference import MaskStore, Tracks, VideoModel, class_probabilities
 from vis.modeling.inference.session import VideoSession
 from vis.modeling.inference.vita import QualitySession
@@ -104,6 +105,10 @@ class VITA(VideoModel):
         "segmenter": ("vita_module.", "vita_criterion."),
         "backbone": (),
     }
+    #: See :func:`vis.modeling.heads.build.refuse_unused`.
+    TAKES_HEADS: ClassVar[bool] = True
+    TWO_STREAMS: ClassVar[bool] = True
+    HEADS_IN_SCORES: ClassVar[bool] = False
 
     @configurable
     def __init__(
@@ -118,12 +123,14 @@ class VITA(VideoModel):
         clip_length: int,
         clip_stride: int,
         match_reduction: float,
+        heads: Heads | None = None,
         **options: Any,
     ) -> None:
         """Args:
         num_layers: of the frame decoder, whose queries are trained on.
         clip_matcher: joins windows of ``clip_length`` frames, one every ``clip_stride``; None: videos are taken whole.
         match_reduction: size of mask features over that of the masks it compares.
+        heads: on the queries of single frames, for training.
         options: of :class:`~vis.modeling.inference.VideoModel`.
         """
         super().__init__(**options)
@@ -140,6 +147,11 @@ class VITA(VideoModel):
             )
         if match_reduction < 1:
             raise ValueError("MODEL.VITA.TEST.MATCH_STRIDE must be at least MODEL.SEM_SEG_HEAD.COMMON_STRIDE")
+        self.heads = Heads([]) if heads is None else heads
+        if len(self.heads) and freeze_detector:
+            raise ValueError(
+                "MODEL.HEADS train the frames' queries, which MODEL.VITA.FREEZE_DETECTOR leaves as they are"
+            )
         self.criterion = criterion
         self.vita_module = vita_module
         self.vita_criterion = vita_criterion
@@ -159,6 +171,7 @@ class VITA(VideoModel):
             **super().from_config(cfg),
             "vita_module": VitaModule(cfg),
             "criterion": SetCriterion(cfg),
+            "heads": build_heads(cfg, embed_dim=mask_former.HIDDEN_DIM, feature_dim=cfg.MODEL.SEM_SEG_HEAD.MASK_DIM),
             "vita_criterion": VitaCriterion(cfg),
             "num_layers": node.LAST_LAYER_NUM,
             "freeze_detector": node.FREEZE_DETECTOR,
@@ -185,26 +198,35 @@ class VITA(VideoModel):
     def losses(self, samples: Sequence[ClipSample]) -> dict[str, Tensor]:
         """Weighted losses of a batch of clips: of frames (unless they are frozen), of tracklets, of likeness.
 
+        With a second stream (``MODEL.BATCH_FORMER``) every clip counts twice, so that losses are means over both.
+
         Raises:
             ValueError: clips of different lengths, or a class that the head does not have.
         """
         lengths = {len(sample["image"]) for sample in samples}
         if len(lengths) != 1:
             raise ValueError(f"clips of one batch must have one length (INPUT.SAMPLING_FRAME_NUM), found {lengths}")
-        shape = (len(samples), lengths.pop())
         images = self.normalizer([frame for sample in samples for frame in sample["image"]])
         size = (int(images.shape[-2]), int(images.shape[-1]))
         targets = [
             clip_targets(sample, size=size, num_classes=self.criterion.num_classes, device=self.device)
             for sample in samples
         ]
-        frame_targets = [frame for target in targets for frame in _visible(target)]
+        sizes = [(frame.shape[-2], frame.shape[-1]) for sample in samples for frame in sample["image"]]
         frames = self.segment_frames(images)
+        streams = len(frames.finest) // len(images)
+        targets, sizes = targets * streams, sizes * streams
+        shape = (len(targets), lengths.pop())
+        frame_targets = [frame for target in targets for frame in _visible(target)]
         losses: dict[str, Tensor] = {}
         if self.freeze_detector:
             matches = self._matches(frames, frame_targets)
         else:
             losses, matches = self.criterion.losses_and_matches(frames.output, frame_targets)
+        if len(self.heads):
+            pairs, masks = [layers[-1] for layers in matches], [target.masks for target in frame_targets]
+            (count,) = self.criterion.mean_counts([sum(len(queries) for queries, _ in pairs)], self.device)
+            losses |= self.heads.losses(frames.output, mask_former_targets(frames.output, pairs, masks, sizes, count))
         video = self.vita_module(frames.frame_queries.unflatten(1, shape))
         features = self.vita_module.mask_features(frames.finest).unflatten(0, shape)
         return losses | self.vita_criterion(video, features, targets, matches)
