@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vis.checkpoint.sources import Source
+from vis.checkpoint.names import ClassLayout
 from vis.config import CfgNode, declare
 from vis.data.categories import COCO, OVIS, class_names
 from vis.data.registration import class_names_of
@@ -83,13 +83,12 @@ def plain_names(names: Sequence[str]) -> list[str]:
     return [SYNONYMS.get(name, name) for name in plain]
 
 
-def classes_of_file(rows: int, source: Source) -> tuple[str, ...]:
-    """The classes of a file by the rows of its class head.
+def classes_of_file(count: int) -> tuple[str, ...]:
+    """The classes of a file by their number.
 
     Raises:
         ValueError: several label sets have that many, or none that is known.
     """
-    count = rows - int(source.no_object)
     known = {len(COCO): COCO, len(OVIS): OVIS}
     if count in known:
         return tuple(class_names(known[count]))
@@ -101,38 +100,39 @@ def classes_of_file(rows: int, source: Source) -> tuple[str, ...]:
 
 
 def map_rows(
-    head: str, found: Tensor, own: Tensor, class_map: ClassMap, source: Source
+    head: str, found: Tensor, own: Tensor, class_map: ClassMap, layout: ClassLayout
 ) -> tuple[Tensor, CopiedRows] | None:
     """One class head (its weight or its bias) with the rows of the file where the model has a class of that name.
 
     Args:
         found: (rows of the file, ...).
         own: (rows of the model, ...), the initial values.
+        layout: what the rows are.
 
     Returns: None where both have the same classes in the same order, so that the tensor of the file fits as it is.
 
     Raises:
         ValueError: the classes of the file are not known, or are not as many as its rows.
     """
-    extra = int(source.no_object)
-    names = class_map.file_names or classes_of_file(len(found), source)
-    if len(names) + extra != len(found):
+    count, wanted = layout.classes(len(found)), layout.classes(len(own))
+    names = class_map.file_names or classes_of_file(count)
+    if len(names) != count:
         raise ValueError(
-            f"MODEL.WEIGHTS_CLASSES names a data set of {len(names)} classes, but {head} of the file has "
-            f"{len(found) - extra}"
+            f"MODEL.WEIGHTS_CLASSES names a data set of {len(names)} classes, but {head} of the file has {count}"
         )
-    if len(class_map.names) + extra != len(own):
-        raise ValueError(f"the model has {len(own) - extra} classes, its training data {len(class_map.names)}")
+    if len(class_map.names) != wanted:
+        raise ValueError(f"the model has {wanted} classes, its training data {len(class_map.names)}")
     theirs, ours = plain_names(names), plain_names(class_map.names)
     if theirs == ours:
         return None
-    rows = own.clone()
+    rows, each = own.clone(), layout.each
     place = {name: index for index, name in reversed(list(enumerate(theirs)))}  # the first of equal names
     for index, name in enumerate(ours):
         if name in place:
-            rows[index] = found[place[name]].to(own.dtype)
-    if extra:
-        rows[-1] = found[-1].to(own.dtype)
+            start = each * place[name]
+            rows[each * index : each * (index + 1)] = found[start : start + each].to(own.dtype)
+    if layout.none:
+        rows[-layout.none :] = found[-layout.none :].to(own.dtype)
     copied = tuple(name for name, plain in zip(class_map.names, ours, strict=True) if plain in place)
     new = tuple(name for name, plain in zip(class_map.names, ours, strict=True) if plain not in place)
     return rows, CopiedRows(head, copied, new)

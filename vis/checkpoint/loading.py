@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 from vis.checkpoint.class_rows import ClassMap, map_rows
 from vis.checkpoint.files import WeightFile, read_weights
-from vis.checkpoint.names import CLASS_HEADS, CLASS_ROWS, CONSTANTS, INDICES, backbone_prefix
+from vis.checkpoint.names import (
+    CONSTANTS,
+    ID_CHANNELS,
+    INDICES,
+    backbone_prefix,
+    class_layout,
+    is_constant_of_classes,
+)
 from vis.checkpoint.report import LoadReport, Problems
-from vis.checkpoint.sources import Recognised, recognise, take_backbone
-from vis.checkpoint.stages import check_class_heads, permitted_missing
+from vis.checkpoint.sources import Recognised, fit_prefix, recognise, take_backbone
+from vis.checkpoint.stages import check_class_heads, check_ids, permitted_missing
 from vis.config import CfgNode, declare
 
 logger = logging.getLogger(__name__)
@@ -81,16 +88,18 @@ def load_state(
         file = recognise(weights.state, backbone_only=weights.backbone_only, name=source)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    file = fit_prefix(file, own)
     if file.source.part and not _beside(file, own):
         file = take_backbone(file)
     permitted = permitted_missing(model, file, path, training=training, allow_missing=allow_missing)
-    loader = _Loader(own, file, LoadReport(path, file.source.title, file.stage, note=file.source.note))
+    report = LoadReport(path, file.source.title, file.stage, note=file.source.note)
+    loader = _Loader(own, file, report, training=training)
     loader.sort(permitted, class_map)
-    report = loader.report
     if loader.problems:
         raise ValueError(loader.problems.text(report, len(own)))
     remade = {name: (found[0], wanted[0]) for name, found, wanted in report.remade}
     check_class_heads(model, file, path, remade, training=training)
+    check_ids(path, report.other_ids, training=training)
     model.load_state_dict(loader.chosen, strict=False)
     logger.info("weights: %s", report.summary())
     if report.note:
@@ -106,8 +115,8 @@ def _beside(file: Recognised, own: Mapping[str, Tensor]) -> list[str]:
 class _Loader:
     """Sorts the names of one file and one model into what is loaded, what may differ and what is wrong."""
 
-    def __init__(self, own: Mapping[str, Tensor], file: Recognised, report: LoadReport) -> None:
-        self.own, self.file, self.report = own, file, report
+    def __init__(self, own: Mapping[str, Tensor], file: Recognised, report: LoadReport, *, training: bool) -> None:
+        self.own, self.file, self.report, self.training = own, file, report, training
         self.chosen: dict[str, Tensor] = {}
         self.problems = Problems()
         report.backbone_only = file.backbone
@@ -148,9 +157,9 @@ class _Loader:
             else:
                 self.problems.other_constants.append(name)
             return
-        head = CLASS_HEADS.search(name) is not None and found[1:] == wanted[1:]
-        if head and class_map is not None and CLASS_ROWS.search(name):
-            mapped = map_rows(name, value, own, class_map, self.file.source)
+        layout = class_layout(name, self.file.source.no_object) if found[1:] == wanted[1:] else None
+        if layout is not None and class_map is not None and not is_constant_of_classes(name):
+            mapped = map_rows(name, value, own, class_map, layout)
             if mapped is not None:
                 self.chosen[name], rows = mapped
                 self.report.rows.append(rows)
@@ -158,8 +167,10 @@ class _Loader:
                 return
         if found == wanted:
             self.chosen[name] = value
-        elif head:
+        elif layout is not None:
             self.report.remade.append((name, found, wanted))
+        elif ID_CHANNELS.search(name) and len(found) == len(wanted):
+            self.report.other_ids.append((name, found, wanted))
         elif (adapted := self._adapted(name, value, wanted)) is not None:
             self.chosen[name] = adapted
             self.report.adapted.append(name)
@@ -176,8 +187,10 @@ class _Loader:
 
     def _unneeded(self, name: str) -> bool:
         """Whether a name of the file may be one that the model does not have."""
-        aliases = self.file.source.aliases
-        return (self.file.backbone and self._optional(name)) or (aliases is not None and bool(aliases.search(name)))
+        source = self.file.source
+        patterns = [source.aliases, source.start_only if self.training else None]
+        unneeded = any(pattern is not None and pattern.search(name) for pattern in patterns)
+        return unneeded or (self.file.backbone and self._optional(name))
 
     def _may_miss(self, name: str, permitted: Sequence[str]) -> bool:
         if CONSTANTS.search(name) or name.startswith(tuple(permitted)):

@@ -21,6 +21,7 @@ class LoadReport:
         remade: class heads whose classes differ, as (name, shape in the file, shape in the model): these start from
             the initial values of the model, but for the rows in ``rows``.
         rows: per class head, the classes whose rows were copied from the file.
+        other_ids: layers whose channels are ids, of which the model has another number: as ``remade``.
         adapted: names whose tensor was brought to another shape (patch kernels).
         missing: names of the model that the file has not, all of them allowed.
         ignored: names of the file that the model does not need (constants; a classification head beside a backbone).
@@ -34,6 +35,7 @@ class LoadReport:
     matched: list[str] = field(default_factory=list)
     remade: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     rows: list[CopiedRows] = field(default_factory=list)
+    other_ids: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     adapted: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
@@ -46,8 +48,9 @@ class LoadReport:
         if self.adapted:
             lines.append(f"resized to the model: {', '.join(self.adapted)}")
         if self.remade:
-            heads = ", ".join(f"{name} {list(found)} -> {list(own)}" for name, found, own in self.remade)
-            lines.append(f"made anew, since the classes differ, to be trained: {heads}")
+            lines.append(f"made anew, since the classes differ, to be trained: {_shapes(self.remade)}")
+        if self.other_ids:
+            lines.append(f"made anew, since MODEL.IAI.NUM_IDS differs, to be trained: {_shapes(self.other_ids)}")
         if self.rows:
             copied, new = self.rows[0].copied, self.rows[0].new
             lines.append(
@@ -97,6 +100,10 @@ class Problems:
             "To train a stage that starts from an earlier one, name the new parts: "
             "MODEL.WEIGHTS_ALLOW_MISSING \"['tracker.']\""
         )
+
+
+def _shapes(remade: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
+    return ", ".join(f"{name} {list(found)} -> {list(own)}" for name, found, own in remade)
 
 
 def _listed(what: str, names: Sequence[str], most: int = 20) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from vis.checkpoint.names import class_layout
 from vis.checkpoint.sources import UNKNOWN, Recognised
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,10 @@ STAGES: dict[str, tuple[str, str]] = {
     "dvisplus_offline": ("a DVIS++ offline model", "train the offline stage of DVIS++, or take a released one"),
     "vita": ("a VITA model", "train configs/vita/, or take a released one"),
     "idol": ("an IDOL model", "train configs/idol/, or take a released one (VNext)"),
+    "condinst": ("a CondInst of images", "train configs/coco/condinst_r50.yaml, or take the one of IAI's release"),
+    "mask_rcnn": ("a Mask R-CNN of images", "from detectron2's MODEL_ZOO.md (R50-FPN, R101-FPN)"),
+    "masktrack_rcnn": ("a detector with MaskTrack R-CNN's embeddings", "train configs/masktrack_rcnn/"),
+    "iai": ("an IAI model", "train configs/iai/, or take a released one"),
 }
 
 
@@ -106,8 +111,10 @@ def check_class_heads(
     """
     if not remade:
         return
-    extra = int(file.source.no_object)
-    found, own = (rows - extra for rows in next(iter(remade.values())))
+    head, rows = next(iter(remade.items()))
+    layout = class_layout(head, file.source.no_object)
+    assert layout is not None, f"{head} was re-made as a class head"
+    found, own = map(layout.classes, rows)
     counts = f"it has {found} classes, this model {own}"
     if not training:
         raise ValueError(
@@ -122,3 +129,20 @@ def check_class_heads(
             f"{path} is {what} of another set of classes ({counts}), and this training leaves {frozen[0]} frozen, so "
             "that it would stay random. Train the earlier stage on this data set first: see MODEL_ZOO.md"
         )
+
+
+def check_ids(path: str, remade: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]], *, training: bool) -> None:
+    """Refuse layers of another number of ids where they would not be trained.
+
+    Raises:
+        ValueError: an evaluation.
+    """
+    if not remade or training:
+        return
+    name, found, own = remade[0]
+    differs = next(axis for axis in range(len(own)) if found[axis] != own[axis])
+    bank = int(name.endswith("id_bank.weight"))  # it has a channel for the background
+    raise ValueError(
+        f"{path} was trained with MODEL.IAI.NUM_IDS {found[differs] - bank}, this model has {own[differs] - bank}: set "
+        "it to that number"
+    )

@@ -6,8 +6,19 @@ source comes first.
 
 from __future__ import annotations
 
-from vis.checkpoint.sources import detectron2_zoo, dinov2, dvis, idol, mask2former, swin, torchvision, vita
-from vis.checkpoint.sources.recognition import UNKNOWN, Recognised, recognise, take_backbone
+from vis.checkpoint.sources import (
+    adelaidet,
+    detectron2_zoo,
+    dinov2,
+    dvis,
+    idol,
+    mask2former,
+    mmdetection,
+    swin,
+    torchvision,
+    vita,
+)
+from vis.checkpoint.sources.recognition import UNKNOWN, Recognised, fit_prefix, recognise, take_backbone
 from vis.checkpoint.sources.source import SOURCES, Names, Source, register
 
 __all__ = [
@@ -16,11 +27,14 @@ __all__ = [
     "Names",
     "Recognised",
     "Source",
+    "adelaidet",
     "detectron2_zoo",
     "dinov2",
     "dvis",
+    "fit_prefix",
     "idol",
     "mask2former",
+    "mmdetection",
     "recognise",
     "register",
     "swin",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -73,7 +74,17 @@ def recognise(state: Mapping[str, Tensor], *, backbone_only: bool = False, name:
         raise ValueError(f"this file cannot be used: {reason}")
     found, dropped = renamed(source, state)
     ours = {new: state[old] for new, old in found.items()}
+    if source.values is not None:
+        ours = {name: source.values(name, value) for name, value in ours.items()}
     return Recognised(source, source.stage(Names(ours)), ours, dropped, source.backbone)
+
+
+def fit_prefix(file: Recognised, own: Collection[str]) -> Recognised:
+    """Without the prefix ``under`` of a detector, for a model that has the detector's names themselves."""
+    under = file.source.under
+    bare = {name.removeprefix(under): value for name, value in file.state.items()}
+    head = any(name in own for name in bare if "backbone." not in name)
+    return dataclasses.replace(file, state=bare) if under and head else file
 
 
 def take_backbone(file: Recognised) -> Recognised:

@@ -56,9 +56,13 @@ class Source:
             backbone for models that have nothing else of it.
         may_miss: names (ours, without prefix) of the backbone that such files do not have and that keep initial values.
         aliases: names (ours) that repeat another tensor of the file: ignored where the model has them once.
+        start_only: names (ours) of the file that the model need not have when a training starts from it.
         adapt: a tensor of another shape made fit, or None: (name, tensor, wanted shape).
         refuse: why a file that was recognised cannot be used, or None.
         no_object: the last row of a class head is "no object".
+        under: what our names of the file begin with in a method that has the model as a part of it; a model that is
+            one itself has the names without.
+        values: a tensor as our models want it, whatever their shapes: (our name, tensor).
         note: what a user must know who loads it.
     """
 
@@ -73,9 +77,12 @@ class Source:
     part: tuple[str, ...] = ()
     may_miss: re.Pattern[str] | None = None
     aliases: re.Pattern[str] | None = None
+    start_only: re.Pattern[str] | None = None
     adapt: Callable[[str, Tensor, tuple[int, ...]], Tensor | None] | None = None
     refuse: Callable[[Names], str | None] | None = None
     no_object: bool = True
+    under: str = ""
+    values: Callable[[str, Tensor], Tensor] | None = None
     note: str = ""
 
     def ours(self, name: str) -> str | None:

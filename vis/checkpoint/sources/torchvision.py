@@ -4,10 +4,39 @@ from __future__ import annotations
 
 import re
 
-from vis.checkpoint.sources.source import Source, always, register, renames
+from vis.checkpoint.sources.source import Renames, Source, always, register, renames
 
 # res2..res5 have the stage's stride as the exponent of 2; torchvision counts the stages from 1.
 _STAGES = [(stage, stage + 1) for stage in range(1, 5)]
+
+
+def to_ours(theirs: str = "", ours: str = "") -> Renames:
+    """torchvision's names of a ResNet -> detectron2's, with the prefixes that they have on either side."""
+    start = re.escape(theirs)
+    inside = rf"^({re.escape(ours)}res\d\.\d+)"
+    return renames(
+        (rf"^{start}conv1\.", f"{ours}stem.conv1."),
+        (rf"^{start}bn1\.", f"{ours}stem.conv1.norm."),
+        *((rf"^{start}layer{stage}\.", f"{ours}res{res}.") for stage, res in _STAGES),
+        (rf"{inside}\.bn(\d)\.", r"\1.conv\2.norm."),
+        (rf"{inside}\.downsample\.0\.", r"\1.shortcut."),
+        (rf"{inside}\.downsample\.1\.", r"\1.shortcut.norm."),
+    )
+
+
+def to_released(theirs: str = "", ours: str = "") -> Renames:
+    """The way back."""
+    start = re.escape(ours)
+    inside = rf"^({re.escape(theirs)}layer\d\.\d+)"
+    return renames(
+        (rf"^{start}stem\.conv1\.norm\.", f"{theirs}bn1."),
+        (rf"^{start}stem\.conv1\.", f"{theirs}conv1."),
+        *((rf"^{start}res{res}\.", f"{theirs}layer{stage}.") for stage, res in _STAGES),
+        (rf"{inside}\.conv(\d)\.norm\.", r"\1.bn\2."),
+        (rf"{inside}\.shortcut\.norm\.", r"\1.downsample.1."),
+        (rf"{inside}\.shortcut\.", r"\1.downsample.0."),
+    )
+
 
 register(
     Source(
@@ -16,22 +45,8 @@ register(
         recognise=lambda names: names.any(r"conv1\.weight$", r"bn1\.", r"layer4\.0\.conv1\.weight$"),
         stage=always("backbone"),
         backbone=True,
-        to_ours=renames(
-            (r"^conv1\.", "stem.conv1."),
-            (r"^bn1\.", "stem.conv1.norm."),
-            *((rf"^layer{theirs}\.", f"res{ours}.") for theirs, ours in _STAGES),
-            (r"\.bn(\d)\.", r".conv\1.norm."),
-            (r"\.downsample\.0\.", ".shortcut."),
-            (r"\.downsample\.1\.", ".shortcut.norm."),
-        ),
-        to_released=renames(
-            (r"^stem\.conv1\.norm\.", "bn1."),
-            (r"^stem\.conv1\.", "conv1."),
-            *((rf"^res{ours}\.", f"layer{theirs}.") for theirs, ours in _STAGES),
-            (r"\.conv(\d)\.norm\.", r".bn\1."),
-            (r"\.shortcut\.norm\.", ".downsample.1."),
-            (r"\.shortcut\.", ".downsample.0."),
-        ),
+        to_ours=to_ours(),
+        to_released=to_released(),
         drop=re.compile(r"^fc\."),
     )
 )
