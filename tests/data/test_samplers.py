@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 from torch.distributed import HashStore, distributed_c10d
 
+from vis.config import get_cfg
 from vis.data import samplers
+from vis.data.layout import BatchLayout, batch_layout
 from vis.data.samplers import ClipBatchSampler, SampleIndex, pools_of, sample_generator, shared_numbers
 
+# (data set, record) of three batches of four clips: of one process from iteration 5 on, of the second of two processes.
+OF_ONE = [[(0, 4), (0, 1), (0, 1), (0, 4)], [(1, 3), (1, 4), (1, 3), (1, 4)], [(0, 5), (0, 6), (0, 2), (0, 3)]]
+OF_TWO = [[(0, 0), (0, 3)], [(0, 6), (0, 2)], [(0, 4), (0, 1)]]
 LANDSCAPE = [[True, False, True, True, False, True, True], [True] * 3 + [False] * 2]
 
 
@@ -25,15 +30,16 @@ def batches(
     seed: int = 7,
     rank: int = 0,
     world_size: int = 1,
+    steps: int = 1,
+    reference: int = 0,
     start_iter: int = 0,
     landscape: list[list[bool]] | None = None,
 ) -> list[list[SampleIndex]]:
     sampler = ClipBatchSampler(
         pools=pools_of(LANDSCAPE if landscape is None else landscape, ratios=ratios),
-        total_batch_size=batch,
+        layout=BatchLayout(batch, world_size, steps, reference or world_size),
         seed=seed,
         rank=rank,
-        world_size=world_size,
         start_iter=start_iter,
     )
     return list(islice(sampler, count))
@@ -57,7 +63,7 @@ def test_a_batch_has_one_data_set_and_one_orientation() -> None:
 
 
 def test_orientations_mix_when_grouping_is_off() -> None:
-    sampler = ClipBatchSampler(pools=pools_of(LANDSCAPE[:1], group_by_orientation=False), total_batch_size=4, seed=0)
+    sampler = ClipBatchSampler(pools=pools_of(LANDSCAPE[:1], group_by_orientation=False), layout=BatchLayout(4), seed=0)
     mixed = [len({LANDSCAPE[0][index.record] for index in batch}) for batch in islice(sampler, 30)]
     assert 2 in mixed
 
@@ -84,6 +90,75 @@ def test_ranks_share_the_records_of_an_epoch() -> None:
     ranks = [batches(5, landscape=[[True] * 30], batch=6, rank=rank, world_size=3) for rank in range(3)]
     seen = [index.record for rank in ranks for batch in rank for index in batch]
     assert sorted(seen) == list(range(30))
+
+
+@pytest.mark.parametrize("reference", [1, 2, 4])
+def test_positions_hold_the_same_whatever_the_layout(reference: int) -> None:
+    """One process in one step, four in one, two in two steps ...: the clips of an iteration, in order."""
+
+    def iterations(world_size: int, steps: int) -> list[list[SampleIndex]]:
+        count = 40 * steps
+        ranks = [
+            batches(count, batch=8, world_size=world_size, steps=steps, reference=reference, rank=rank, start_iter=4090)
+            for rank in range(world_size)
+        ]
+        assert all(len(part) == 8 // (world_size * steps) for parts in ranks for part in parts)
+        return [
+            [index for parts in ranks for part in parts[at : at + steps] for index in part]
+            for at in range(0, count, steps)
+        ]
+
+    whole = iterations(1, 1)
+    for layout in ((1, 2), (2, 1), (2, 2), (4, 2), (8, 1), (1, 8)):
+        assert iterations(*layout) == whole
+    size = 8 // reference
+    for batch in whole:
+        for at in range(0, 8, size):
+            shapes = {(i.dataset, LANDSCAPE[i.dataset][i.record]) for i in batch[at : at + size]}
+            assert len(shapes) == 1, "what one process of the reference layout gets is of one kind"
+
+
+def test_batches_of_earlier_versions() -> None:
+    """Recorded before positions were independent of the number of processes: trainings go on as they began."""
+    of_one = [[(i.dataset, i.record) for i in batch] for batch in batches(3, batch=4, start_iter=5)]
+    of_two = [[(i.dataset, i.record) for i in batch] for batch in batches(3, batch=4, rank=1, world_size=2)]
+    assert of_one == OF_ONE
+    assert of_two == OF_TWO
+
+
+@pytest.mark.parametrize(
+    ("clips", "world_size", "reference", "asked", "steps"),
+    [
+        (16, 1, 8, 0, 8),
+        (16, 2, 8, 0, 4),
+        (16, 8, 8, 0, 1),
+        (16, 16, 8, 0, 1),
+        (24, 6, 8, 0, 2),
+        (2, 1, 8, 0, 2),
+        (16, 4, 0, 0, 1),
+        (16, 4, 0, 2, 2),
+        (16, 1, 8, 1, 1),
+    ],
+)
+def test_number_of_steps(clips: int, world_size: int, reference: int, asked: int, steps: int) -> None:
+    """As many as it takes to hold no more at once than in the reference layout, or as asked for."""
+    cfg = get_cfg()
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = clips, reference
+    cfg.SOLVER.ACCUMULATE_STEPS = asked
+    layout = batch_layout(cfg, world_size=world_size)
+    assert layout.steps == steps
+    assert layout.per_part * layout.steps * world_size == clips
+    assert layout.reference == (reference or world_size)
+
+
+def test_a_batch_that_cannot_be_divided_over_the_steps() -> None:
+    cfg = get_cfg()
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE_STEPS = 6, 4
+    with pytest.raises(ValueError, match=r"6 cannot be divided over 1 process\(es\) x 4 step.*multiple of 4"):
+        batch_layout(cfg)
+    cfg.SOLVER.ACCUMULATE_STEPS = -1
+    with pytest.raises(ValueError, match="ACCUMULATE_STEPS -1 must be 0"):
+        batch_layout(cfg)
 
 
 def test_counters_number_all_samples() -> None:

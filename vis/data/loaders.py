@@ -21,6 +21,7 @@ from vis.data.categories import class_names
 from vis.data.custom import register_custom
 from vis.data.frame_reader import AheadFrames, LazyFrames, frame_source
 from vis.data.image_mapper import build_mapper
+from vis.data.layout import BatchLayout, batch_layout
 from vis.data.mapper import ClipMapper
 from vis.data.read_ahead import ReadAhead
 from vis.data.registration import VideoDataset, get_dataset, registered
@@ -191,15 +192,18 @@ def _prepare(cfg: CfgNode) -> None:
         raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: frames are given to every model as 'RGB'.")
 
 
-def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> Iterator[list[ClipSample]]:
-    """Endless training batches of this process.
+def build_train_loader(
+    cfg: CfgNode, *, start_iter: int = 0, layout: BatchLayout | None = None
+) -> Iterator[list[ClipSample]]:
+    """Endless training batches of this process: the parts that it computes, ``layout.steps`` of them per iteration.
 
-    The batches are a pure function of the data sets, ``cfg``, the number of processes and the rank: the same whatever
-    ``DATALOADER.NUM_WORKERS``, and ``start_iter=k`` continues exactly where batch k - 1 ended. Neither this nor the
-    workers touch the global random state.
+    What is in an iteration is a pure function of the data sets and ``cfg`` (and, where ``SOLVER.REFERENCE_WORLD_SIZE``
+    is 0, of the number of processes): the same whatever ``DATALOADER.NUM_WORKERS``, and ``start_iter=k`` continues
+    exactly where iteration k - 1 ended. Neither this nor the workers touch the global random state.
 
     Args:
-        start_iter: iterations (of ``SOLVER.IMS_PER_BATCH`` clips over all processes) to leave out.
+        start_iter: iterations (of ``SOLVER.IMS_PER_BATCH`` clips over all processes and steps) to leave out.
+        layout: None: what ``cfg`` asks for in this job.
 
     Raises:
         ValueError: unknown or empty data sets, classes that do not fit, a batch that cannot be divided over the
@@ -226,10 +230,9 @@ def build_train_loader(cfg: CfgNode, *, start_iter: int = 0) -> Iterator[list[Cl
         logger.info("%.1f %% of batches from %s: %d records (%s)", share, name, len(pool.records), pool.shape)
     sampler = ClipBatchSampler(
         pools=pools,
-        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        layout=batch_layout(cfg) if layout is None else layout,
         seed=seed,
         rank=comm.get_rank(),
-        world_size=comm.get_world_size(),
         start_iter=start_iter,
     )
     workers = cfg.DATALOADER.NUM_WORKERS

@@ -1,10 +1,15 @@
-"""Which samples make up a training batch: a pure function of (seed, world size, rank, iteration); who tests what.
+"""Which samples make up a training batch: a pure function of (seed, iteration, position in the effective batch).
 
-Records are sorted into pools, one per data set and orientation. Every iteration each rank draws a pool and takes the
-next records of the pool's endless shuffled stream, so a rank's batch comes from one data set and has one orientation,
-ranks never share a record of the same epoch, and within a pool every record is seen once before any is seen twice. The
-position is the iteration number and nothing else: going to iteration k counts how often each pool was drawn before,
-which takes numpy milliseconds.
+Records are sorted into pools, one per data set and orientation. An effective batch is cut into groups of as many clips
+as one process of the reference layout would get (:class:`~vis.data.layout.BatchLayout`); every group draws a pool and
+takes the next records of the pool's endless shuffled stream, so it comes from one data set and has one orientation,
+groups never share a record of the same epoch, and within a pool every record is seen once before any is seen twice. How
+many processes there are, and in how many steps they compute a batch, only decides who computes which positions. The
+place in the stream is the iteration number and nothing else: going to iteration k counts how often each pool was drawn
+before, which takes numpy milliseconds.
+
+Trainings of earlier versions, in which a group was what one process got, go on with the same batches in the same number
+of processes.
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 from detectron2.utils import comm
+
+from vis.data.layout import BatchLayout
 
 __all__ = ["ClipBatchSampler", "Pool", "SampleIndex", "pools_of", "sample_generator", "shared_numbers"]
 
@@ -82,79 +89,76 @@ def pools_of(
 
 
 class ClipBatchSampler:
-    """Endless batches of one rank, starting at any iteration.
+    """Endless parts of batches for one process, starting at any iteration; ``layout.steps`` of them are an iteration.
 
     Args:
         pools: see :func:`pools_of`.
-        total_batch_size: clips over all ranks (SOLVER.IMS_PER_BATCH).
+        layout: how batches are spread.
         seed: the same on every rank.
         start_iter: first iteration to give.
-
-    Raises:
-        ValueError: the batch does not divide over the ranks.
     """
 
     def __init__(
-        self,
-        *,
-        pools: Sequence[Pool],
-        total_batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_iter: int = 0,
+        self, *, pools: Sequence[Pool], layout: BatchLayout, seed: int, rank: int = 0, start_iter: int = 0
     ) -> None:
-        if total_batch_size < 1 or total_batch_size % world_size:
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH counts the clips over all processes: {total_batch_size} cannot be divided over "
-                f"{world_size} process(es). Set it to a multiple of {world_size}."
-            )
         if seed < 0 or start_iter < 0:
             raise ValueError(f"seed ({seed}) and start_iter ({start_iter}) must be at least 0.")
         self.pools = list(pools)
-        self.batch_size = total_batch_size // world_size
+        self.layout = layout
         self.seed = seed
         self.rank = rank
-        self.world_size = world_size
         self.start_iter = start_iter
         self._edges = np.cumsum([pool.weight for pool in self.pools])
         self._edges[-1] = np.inf  # a sum that ended below 1 by rounding must not leave a gap
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def __iter__(self) -> Iterator[list[SampleIndex]]:
-        # Batches taken from each pool before the chunk, over all ranks.
+        groups = self.layout.clips // self.layout.group
+        # Groups taken from each pool before the chunk.
         taken = np.zeros(len(self.pools), dtype=np.int64)
-        orders: dict[int, tuple[int, np.ndarray]] = {}
         chunk = 0
         while True:
-            drawn = self._drawn_pools(chunk)  # (_CHUNK, world size)
+            drawn = self._drawn_pools(chunk, groups)
             first = chunk * _CHUNK
             if self.start_iter < first + _CHUNK:
-                one_hot = np.cumsum(drawn.reshape(-1)[:, None] == np.arange(len(self.pools)), axis=0)
+                flat = drawn.reshape(-1)
+                before = taken + np.cumsum(flat[:, None] == np.arange(len(self.pools)), axis=0)
+                before = before[np.arange(len(flat)), flat].reshape(drawn.shape) - 1
                 for iteration in range(max(first, self.start_iter), first + _CHUNK):
-                    position = (iteration - first) * self.world_size + self.rank
-                    pool = int(drawn[iteration - first, self.rank])
-                    batches_before = int(taken[pool] + one_hot[position, pool] - 1)
-                    yield self._batch(iteration, pool, batches_before, orders)
+                    yield from self._parts(iteration, drawn[iteration - first], before[iteration - first])
             taken += np.bincount(drawn.reshape(-1), minlength=len(self.pools))
             chunk += 1
 
-    def _drawn_pools(self, chunk: int) -> np.ndarray:
+    def _drawn_pools(self, chunk: int, groups: int) -> np.ndarray:
+        """(_CHUNK, groups) int."""
         rng = np.random.default_rng([self.seed, _POOL_STREAM, chunk])
-        return np.searchsorted(self._edges, rng.random((_CHUNK, self.world_size)), side="right")
+        return np.searchsorted(self._edges, rng.random((_CHUNK, groups)), side="right")
 
-    def _batch(
-        self, iteration: int, pool: int, batches_before: int, orders: dict[int, tuple[int, np.ndarray]]
-    ) -> list[SampleIndex]:
-        counter = (iteration * self.world_size + self.rank) * self.batch_size
-        result = []
-        for item in range(self.batch_size):
-            epoch, offset = divmod(batches_before * self.batch_size + item, len(self.pools[pool].records))
-            if pool not in orders or orders[pool][0] != epoch:
-                rng = np.random.default_rng([self.seed, _ORDER_STREAM, pool, epoch])
-                orders[pool] = epoch, rng.permutation(self.pools[pool].records)
-            record = int(orders[pool][1][offset])
-            result.append(SampleIndex(self.pools[pool].dataset, record, counter + item))
-        return result
+    def _parts(self, iteration: int, drawn: np.ndarray, before: np.ndarray) -> Iterator[list[SampleIndex]]:
+        """This process' parts of one batch.
+
+        Args:
+            drawn: (groups,) the pool of each group; before: (groups,) groups that the pool has given already.
+        """
+        size = self.layout.group
+        for step in range(self.layout.steps):
+            first = self.layout.first_position(self.rank, step)
+            part = []
+            for position in range(first, first + self.layout.per_part):
+                group, item = divmod(position, size)
+                pool = int(drawn[group])
+                record = self._record(pool, int(before[group]) * size + item)
+                counter = iteration * self.layout.clips + position
+                part.append(SampleIndex(self.pools[pool].dataset, record, counter))
+            yield part
+
+    def _record(self, pool: int, number: int) -> int:
+        """The record at this place of the endless stream of a pool."""
+        epoch, offset = divmod(number, len(self.pools[pool].records))
+        if pool not in self._orders or self._orders[pool][0] != epoch:
+            rng = np.random.default_rng([self.seed, _ORDER_STREAM, pool, epoch])
+            self._orders[pool] = epoch, rng.permutation(self.pools[pool].records)
+        return int(self._orders[pool][1][offset])
 
 
 _rounds = itertools.count()
