@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 BASE_KEY = "_BASE_"
 # Packages whose import declares the keys of their parts.
 _PARTS = ("vis.data", "vis.modeling", "vis.solver", "vis.evaluation", "vis.checkpoint", "vis.visualization")
+_ENGINE_PARTS = ("vis.engine.nonfinite",)
 
 Tree = dict[str, Any]
 
@@ -41,7 +42,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             wrong type, ``opts`` is not pairs, or bases form a circle.
     """
     tree = read_yaml_tree(config_file)
-    for module in _PARTS:
+    for module in (*_PARTS, *_ENGINE_PARTS):
         importlib.import_module(module)
     tree, messages = translate(tree)
     overrides, more = translate(_tree_of_opts(opts))

@@ -143,6 +143,8 @@ class TrainingStep:
         self.updated = self._record(iteration, losses, norm, batch)
         if not self.updated:
             self.optimizer.zero_grad(set_to_none=True)
+            if scaler is not None:
+                scaler.update()  # or it would refuse the next step: this one's gradients were unscaled
         elif scaler is None:
             self.optimizer.step()
         else:

@@ -22,6 +22,7 @@ from vis.data.loaders import build_train_loader
 from vis.engine.data_parallel import data_parallel
 from vis.engine.evaluation import check_test_set, evaluate, evaluate_only
 from vis.engine.hooks import CheckpointHook, EvaluationHook, MetricPrinter
+from vis.engine.nonfinite import build_sentinel
 from vis.engine.precision import mixed_precision
 from vis.engine.state import (
     LAST,
@@ -91,8 +92,9 @@ class Trainer(TrainerBase):
             scaler=scaler,
             sentinel=StopAtNonFinite(self.folder),
         )
+        self.sentinel = self.step.sentinel = build_sentinel(cfg, self.step)
         # What else belongs into checkpoints, by name. A part that is not in the checkpoint that is resumed starts anew.
-        self.stateful: dict[str, Stateful] = {}
+        self.stateful: dict[str, Stateful] = {"nonfinite": self.sentinel}
         # Called after every evaluation in every process, with the results (empty outside the main process).
         self.after_evaluation: list[Callable[[OrderedDict[str, Any]], None]] = []
         self.results: OrderedDict[str, Any] = OrderedDict()
@@ -244,6 +246,7 @@ class Trainer(TrainerBase):
             keep=solver.CHECKPOINT_KEEP,
         )
         hooks: list[d2_hooks.HookBase] = [
+            self.sentinel,
             d2_hooks.IterationTimer(),
             d2_hooks.LRScheduler(self.optimizer, self.scheduler),
             checkpoints,

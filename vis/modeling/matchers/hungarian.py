@@ -7,6 +7,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vis.modeling.losses.masks import dice_cost, sigmoid_ce_cost
+from vis.modeling.matchers.finite import finite_or_error
 
 Pairs = tuple[Tensor, Tensor]
 
@@ -15,16 +16,16 @@ def linear_assignment(cost: Tensor) -> Pairs:
     """The cheapest assignment of rows to columns of ``cost`` (Q, N), as int64 CPU tensors (rows, columns).
 
     Raises:
-        FloatingPointError: a cost is NaN or infinite, which means that the network's outputs are.
+        FloatingPointError: a cost is NaN or infinite, which means that the network's outputs are. A training that
+            watches for it goes on with a high cost and does not use the step (:mod:`vis.modeling.matchers.finite`).
     """
-    if not torch.isfinite(cost).all():
-        bad = int((~torch.isfinite(cost)).sum())
-        raise FloatingPointError(
-            f"{bad} of {cost.numel()} matching costs are not finite, so the network's outputs are not. "
-            "In training: lower SOLVER.BASE_LR, or use SOLVER.AMP.DTYPE bfloat16 instead of float16. "
-            "At test time: the weights are broken (look for NaN in the file, or take an earlier checkpoint), "
-            "or half precision overflows (run in float32)"
-        )
+    cost = finite_or_error(
+        cost,
+        "{bad} of {all} matching costs are not finite, so the network's outputs are not. "
+        "In training: lower SOLVER.BASE_LR, or use SOLVER.AMP.DTYPE bfloat16 instead of float16. "
+        "At test time: the weights are broken (look for NaN in the file, or take an earlier checkpoint), "
+        "or half precision overflows (run in float32)",
+    )
     rows, columns = linear_sum_assignment(cost.detach().cpu().numpy())
     return torch.as_tensor(rows, dtype=torch.int64), torch.as_tensor(columns, dtype=torch.int64)
 

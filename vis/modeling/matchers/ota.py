@@ -13,12 +13,16 @@ from torch import Tensor
 
 from vis.modeling.losses.boxes import corners, overlaps
 from vis.modeling.losses.focal import focal_cost
+from vis.modeling.matchers.finite import finite_or_error
 
 # YOLOX counts 2.5 cells of stride 32, in pixels; IDOL kept the numbers with boxes in shares of the picture.
 CENTRE_RADIUS = 2.5 / 32
 _GIOU_WEIGHT = 3.0
 _OFF_CENTRE, _OUTSIDE = 100.0, 10000.0
 _TAKEN = 100000.0
+_OVERFLOW = (
+    "{what} are not finite: the network's outputs have overflowed. Lower SOLVER.BASE_LR, or train without SOLVER.AMP"
+)
 
 
 class Assignment(NamedTuple):
@@ -47,14 +51,11 @@ def ota_costs(logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) ->
     Raises:
         FloatingPointError: a prediction is not finite.
     """
-    if not torch.isfinite(boxes).all():
-        raise FloatingPointError(
-            "boxes are not finite: the network's outputs have overflowed. Lower SOLVER.BASE_LR, or train without "
-            "SOLVER.AMP"
-        )
+    boxes = finite_or_error(boxes, _OVERFLOW.format(what="boxes"), instead=0.5)
     with torch.autocast(device_type=boxes.device.type, enabled=False):
         boxes, targets = boxes.float()[..., :, None, :], targets.float()
-        classes = focal_cost(logits.float())[..., labels]
+        logits = finite_or_error(logits.float(), _OVERFLOW.format(what="class logits"), instead=0.0)
+        classes = focal_cost(logits)[..., labels]
         iou, giou = overlaps(corners(boxes), corners(targets))
         centre, edges = boxes[..., :2], corners(targets)
         in_box = ((centre > edges[..., :2]) & (centre < edges[..., 2:])).all(dim=-1)
