@@ -12,12 +12,12 @@ from torch import Tensor
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a tensor made in inference mode could not serve training later
 def sine_position_encoding(
-    height: int, width: int, num_channels: int, device: torch.device, temperature: float = 10000.0
+    height: int, width: int, num_channels: int, device: torch.device, temperature: float = 10000.0, first: int = 1
 ) -> Tensor:
     """(1, ``num_channels``, height, width) float32: first half for the row, second half for the column.
 
-    Rows and columns count from 1 and are scaled to 2*pi over the map; even channels are sines, odd ones cosines. The
-    result depends on the size alone, so it is cached; it must not be changed in place.
+    Rows and columns count from ``first`` (1, or 0) and are scaled to 2*pi over the map; even channels are sines, odd
+    ones cosines. The result depends on the size alone, so it is cached; it must not be changed in place.
 
     Raises:
         ValueError: ``num_channels`` is not a multiple of 4.
@@ -29,8 +29,8 @@ def sine_position_encoding(
     wavelength = temperature ** (2 * torch.div(channel, 2, rounding_mode="floor") / half)
 
     def axis(length: int) -> Tensor:
-        position = torch.arange(1, length + 1, dtype=torch.float32, device=device)
-        angle = (position / (length + 1e-6) * (2 * math.pi))[:, None] / wavelength  # (length, half)
+        position = torch.arange(first, length + first, dtype=torch.float32, device=device)
+        angle = (position / (length + first - 1 + 1e-6) * (2 * math.pi))[:, None] / wavelength  # (length, half)
         return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1)
 
     rows = axis(height).T[:, :, None].expand(half, height, width)
