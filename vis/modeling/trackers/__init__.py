@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from vis.config import CfgNode, declare
+from vis.modeling.trackers.embedding import EmbeddingState, EmbeddingTracker
 from vis.modeling.trackers.memory_bank import MemoryBankState, MemoryBankTracker
 from vis.modeling.trackers.query_matching import QueryMatchingState, QueryMatchingTracker, match_queries
 from vis.modeling.trackers.referring import ReferringState, ReferringTracker
 
 __all__ = [
+    "EmbeddingState",
+    "EmbeddingTracker",
     "MemoryBankState",
     "MemoryBankTracker",
     "QueryMatchingState",
