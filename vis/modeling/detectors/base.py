@@ -34,6 +34,9 @@ def add_config(cfg: CfgNode) -> None:
     # Candidates of each level of the pyramid before, detections of a frame after NMS.
     node.NMS_PRE = 200
     node.TOPK = 10
+    # Batch norms of the backbone keep the statistics that they were loaded with; their weight and bias are trained.
+    # False is for backbones without pre-training.
+    node.NORM_EVAL = True
 
 
 @dataclass

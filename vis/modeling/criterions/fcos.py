@@ -1,0 +1,302 @@
+"""Targets and losses of FCOS with masks by CondInst and identities by IAI.
+
+FCOS (Tian et al., ICCV 2019, section 3); positives lie around an instance's centre of mass and masks have a dice loss
+(Tian et al., CondInst, ECCV 2020); the id loss is Zhu et al., IAI, ECCV 2022, section 3.3 and table 7.
+
+Frames are normalised in groups: IAI treats the time steps of a clip one after the other, each with its own number of
+positives, and takes the mean over time. Here all frames run at once, and sums are kept apart by group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from vis.modeling.heads.condinst import dynamic_logits
+from vis.modeling.heads.fcos import FCOSOutputs, Locations, locations_of, rows
+from vis.modeling.losses.boxes import overlaps
+from vis.modeling.losses.focal import sigmoid_focal_loss
+
+ID_LOSSES = ("focal", "ce")
+#: Largest distance to a side, by level; both ends belong to a level.
+RANGES = (64.0, 128.0, 256.0, 512.0, 1e8)
+#: Half the size of the region of positives, in strides.
+CENTER_RADIUS = 1.5
+#: Ground-truth masks are read at the centres of the cells of the predicted ones.
+MASK_STRIDE = 4
+
+
+class FrameAssignment(NamedTuple):
+    """Of the L locations of one frame: ``instances`` (L,) int64, -1 where there is none, ``boxes`` (L, 4) distances to
+    the left, top, right and bottom of its box."""
+
+    instances: Tensor
+    boxes: Tensor
+
+
+@dataclass
+class Assignment:
+    """The m positives of N frames, in the order of frames and locations.
+
+    Attributes:
+        frames, locations: (m,) int64 each; instances: (m,) int64 of the frame's targets; boxes: (m, 4) distances.
+        labels: (N, L) int64 classes, K is background; ids: (N, L) int64, I is background, or None without ids.
+    """
+
+    frames: Tensor
+    locations: Tensor
+    instances: Tensor
+    boxes: Tensor
+    labels: Tensor
+    ids: Tensor | None
+
+
+def mass_centres(masks: Tensor) -> Tensor:
+    """(n, H, W) bool -> (n, 2) means of the pixels' x and y, counted from 0; 0 for an empty mask."""
+    columns, lines = masks.sum(dim=1).float(), masks.sum(dim=2).float()  # (n, W), (n, H)
+    mass = columns.sum(dim=1).clamp(min=1e-6)
+    x = columns @ torch.arange(masks.shape[2], device=masks.device, dtype=torch.float32)
+    y = lines @ torch.arange(masks.shape[1], device=masks.device, dtype=torch.float32)
+    return torch.stack([x / mass, y / mass], dim=1)
+
+
+def assign_frame(
+    locations: Locations, boxes: Tensor, centres: Tensor, ranges: Sequence[float] = RANGES
+) -> FrameAssignment:
+    """The instance that each location answers for.
+
+    A location does if it lies inside the instance's box and within 1.5 strides of its centre, and if the farthest side
+    of the box is in the range of its level; of several instances the one with the smallest box.
+
+    Args:
+        boxes: (n, 4) x0, y0, x1, y1; centres: (n, 2); n may be 0.
+        ranges: upper ends, by level.
+    """
+    count = len(locations.points)
+    if not len(boxes):
+        return FrameAssignment(boxes.new_full((count,), -1, dtype=torch.int64), boxes.new_zeros(count, 4))
+    low, high = (locations.points[:, None] - boxes[None, :, :2], boxes[None, :, 2:] - locations.points[:, None])
+    distances = torch.cat([low, high], dim=-1)  # (L, n, 4)
+    offset = (locations.points[:, None] - centres[None]).abs().amax(dim=-1)
+    inside = (offset < CENTER_RADIUS * locations.strides[:, None]) & (distances.amin(dim=-1) > 0)
+    ends = distances.new_tensor([-1.0, *ranges])
+    farthest = distances.amax(dim=-1)
+    fits = (farthest >= ends[locations.levels, None]) & (farthest <= ends[locations.levels + 1, None])
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    best, chosen = torch.where(inside & fits, areas[None], float("inf")).min(dim=1)
+    distances = distances[torch.arange(count, device=boxes.device), chosen]
+    return FrameAssignment(torch.where(best.isinf(), -1, chosen), distances)
+
+
+def centerness(boxes: Tensor) -> Tensor:
+    """(m, 4) distances to left, top, right, bottom -> (m,), 1 in the middle of a box and 0 at its sides."""
+    horizontal, vertical = boxes[:, 0::2], boxes[:, 1::2]
+    ratio = [side.amin(dim=1) / side.amax(dim=1) for side in (horizontal, vertical)]
+    return (ratio[0] * ratio[1]).clamp(min=0).sqrt()
+
+
+class FCOSCriterion(nn.Module):
+    """Unweighted losses; holds no parameters."""
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        num_ids: int = 0,
+        id_loss: str = "focal",
+        strides: Sequence[int] = (8, 16, 32, 64, 128),
+        ranges: Sequence[float] = RANGES,
+        max_positives: int = 0,
+    ) -> None:
+        """Args:
+        num_ids: channels of the id branch, 0: none.
+        id_loss: "focal", over sigmoids of each id, or "ce", over the softmax of the ids and a background of logit 0.
+        max_positives: masks of at most so many positives of a frame are trained, those of the best scores of each
+            instance; 0: all.
+
+        Raises:
+            ValueError: ``id_loss`` is another word.
+        """
+        super().__init__()
+        if id_loss not in ID_LOSSES:
+            raise ValueError(f"the id loss is {id_loss!r}, expected one of {ID_LOSSES}")
+        if max_positives < 0:
+            raise ValueError(f"MODEL.CONDINST.MAX_POSITIVES is {max_positives}, expected 0 (all) or more")
+        self.num_classes, self.num_ids, self.id_loss = num_classes, num_ids, id_loss
+        self.strides, self.ranges, self.max_positives = tuple(strides), tuple(ranges), max_positives
+
+    @torch.no_grad()
+    def assign(self, locations: Locations, targets: Sequence[Instances]) -> Assignment:
+        """Targets of N frames, as :meth:`~vis.modeling.detectors.base.Detector.losses` takes them."""
+        frames, labels, ids = [], [], []
+        for target in targets:
+            boxes = target.gt_boxes.tensor.float()
+            frame = assign_frame(locations, boxes, mass_centres(target.gt_masks.tensor), self.ranges)
+            frames.append(frame)
+            labels.append(_values(frame.instances, target.gt_classes, self.num_classes))
+            if self.num_ids:
+                ids.append(_values(frame.instances, target.gt_head_ids, self.num_ids))
+        instances = torch.stack([frame.instances for frame in frames])
+        frame_of, location_of = (instances >= 0).nonzero(as_tuple=True)
+        boxes = torch.stack([frame.boxes for frame in frames])[frame_of, location_of]
+        return Assignment(
+            frames=frame_of,
+            locations=location_of,
+            instances=instances[frame_of, location_of],
+            boxes=boxes,
+            labels=torch.stack(labels),
+            ids=torch.stack(ids) if ids else None,
+        )
+
+    def forward(
+        self,
+        outputs: FCOSOutputs,
+        features: Tensor,
+        targets: Sequence[Instances],
+        groups: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """``loss_cls``, ``loss_bbox``, ``loss_centerness``, ``loss_mask``, with ids ``loss_id``; and the positives.
+
+        Args:
+            features: (N, 8, h, w) of the mask branch.
+            targets, groups: see :meth:`~vis.modeling.detectors.base.Detector.losses`. With several processes each has
+                the same number of groups.
+        """
+        locations = locations_of(outputs.logits, self.strides)
+        found = self.assign(locations, targets)
+        groups = torch.zeros(len(targets), dtype=torch.int64) if groups is None else groups
+        numbers, group_of = groups.cpu().unique(return_inverse=True)
+        sums = _GroupSums(group_of.to(features.device), len(numbers))
+        wanted = centerness(found.boxes)
+        local = sums.of_positives(torch.ones_like(wanted), found.frames)
+        positives, weights = mean_over_ranks(torch.stack([local, sums.of_positives(wanted, found.frames)]))
+        positives = positives.clamp(min=1)
+        # In float32: sums over thousands of locations, and boxes in pixels.
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            losses = {"loss_cls": (sums.of_frames(self._class_losses(outputs, found)) / positives).mean()}
+            boxes = rows(outputs.boxes)[found.frames, found.locations].float()
+            missed = wanted * (1 - overlaps(_corners(boxes), _corners(found.boxes))[1])
+            losses["loss_bbox"] = (sums.of_positives(missed, found.frames) / weights.clamp(min=1e-6)).mean()
+            logits = rows(outputs.centerness)[found.frames, found.locations, 0].float()
+            entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+            losses["loss_centerness"] = (sums.of_positives(entropy, found.frames) / positives).mean()
+            if found.ids is not None:
+                losses["loss_id"] = (sums.of_frames(self._id_losses(outputs, found.ids)) / positives).mean()
+        losses["loss_mask"] = self._mask_loss(outputs, features, locations, targets, found, sums)
+        return losses, found
+
+    def _class_losses(self, outputs: FCOSOutputs, found: Assignment) -> Tensor:
+        """(N,) sums."""
+        return _focal_sums(rows(outputs.logits).float(), found.labels)
+
+    def _id_losses(self, outputs: FCOSOutputs, ids: Tensor) -> Tensor:
+        """(N,) sums over all locations."""
+        logits = rows(outputs.ids).float()
+        if self.id_loss == "focal":
+            return _focal_sums(logits, ids)
+        with_background = F.pad(logits, (0, 1))  # (N, L, I+1)
+        return F.cross_entropy(with_background.transpose(1, 2), ids, reduction="none").sum(dim=1)
+
+    def _mask_loss(
+        self,
+        outputs: FCOSOutputs,
+        features: Tensor,
+        locations: Locations,
+        targets: Sequence[Instances],
+        found: Assignment,
+        sums: _GroupSums,
+    ) -> Tensor:
+        """Mean over the groups of the mean dice loss of a group's positives; not shared between processes."""
+        frames, places, instances = found.frames, found.locations, found.instances
+        if self.max_positives:
+            kept = self._capped(outputs, found)
+            frames, places, instances = frames[kept], places[kept], instances[kept]
+        params = rows(outputs.params)[frames, places]
+        logits = dynamic_logits(features, params, frames, locations.points[places], locations.strides[places])
+        true = _small_masks(targets, frames, instances)
+        probabilities = logits.float().sigmoid().flatten(1)
+        true = true.flatten(1).to(probabilities.dtype)
+        overlap = 2 * (probabilities * true).sum(dim=1)
+        total = probabilities.square().sum(dim=1) + true.sum(dim=1)  # the square of 0 or 1 is itself
+        dice = 1 - overlap / (total + 1e-5)
+        count = sums.of_positives(torch.ones_like(dice), frames).clamp(min=1)
+        return (sums.of_positives(dice, frames) / count).mean()
+
+    @torch.no_grad()
+    def _capped(self, outputs: FCOSOutputs, found: Assignment) -> Tensor:
+        """(m,) bool: of each instance of a frame the positives of best score, as many as its share of the frame's."""
+        at = (found.frames, found.locations)
+        best = rows(outputs.logits)[at].float().amax(dim=1).sigmoid()
+        scores = best * rows(outputs.centerness)[at][:, 0].float().sigmoid()
+        stride = int(found.instances.max()) + 1 if len(scores) else 1
+        key, counts = (found.frames * stride + found.instances).unique(return_inverse=True, return_counts=True)[1:]
+        with_some = torch.zeros(len(found.labels), dtype=torch.int64, device=key.device)
+        frame_of_key = torch.zeros_like(counts).scatter_(0, key, found.frames)
+        with_some.index_add_(0, frame_of_key, torch.ones_like(counts))
+        share = (self.max_positives // with_some.clamp(min=1)).clamp(min=1)
+        order = scores.argsort(descending=True, stable=True)
+        order = order[key[order].argsort(stable=True)]  # by instance, the best first
+        rank = torch.arange(len(order), device=key.device) - (counts.cumsum(0) - counts)[key[order]]
+        kept = torch.zeros_like(key, dtype=torch.bool)
+        kept[order] = rank < share[found.frames[order]]
+        return kept
+
+
+class _GroupSums:
+    """Sums by group of frames."""
+
+    def __init__(self, group_of: Tensor, count: int) -> None:
+        self._group_of, self._count = group_of, count
+
+    def of_frames(self, values: Tensor) -> Tensor:
+        """(N,) -> (G,)."""
+        return values.new_zeros(self._count).index_add(0, self._group_of, values)
+
+    def of_positives(self, values: Tensor, frames: Tensor) -> Tensor:
+        """(m,) of positives in ``frames`` (m,) -> (G,)."""
+        return values.new_zeros(self._count).index_add(0, self._group_of[frames], values)
+
+
+def id_probabilities(logits: Tensor, id_loss: str) -> Tensor:
+    """(..., I) logits of a head that was trained with this loss -> (..., I) probabilities."""
+    return logits.sigmoid() if id_loss == "focal" else F.pad(logits, (0, 1)).softmax(dim=-1)[..., :-1]
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean over all processes."""
+    if comm.get_world_size() == 1:
+        return values
+    values = values.clone()
+    torch.distributed.all_reduce(values)
+    return values / comm.get_world_size()
+
+
+def _values(instances: Tensor, values: Tensor, background: int) -> Tensor:
+    """(L,) the value of each location's instance, or the background's."""
+    return torch.cat([values, values.new_full((1,), background)])[instances]  # -1 is the last
+
+
+def _focal_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, L, C) logits, (N, L) labels of which C is background -> (N,)."""
+    wanted = F.one_hot(labels, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)
+    return sigmoid_focal_loss(logits, wanted).sum(dim=(1, 2))
+
+
+def _corners(distances: Tensor) -> Tensor:
+    """Distances to left, top, right, bottom -> a box around the origin."""
+    return torch.cat([-distances[:, :2], distances[:, 2:]], dim=1)
+
+
+def _small_masks(targets: Sequence[Instances], frames: Tensor, instances: Tensor) -> Tensor:
+    """(m, H/4, W/4) bool: the masks of the instances of frames, at the centres of cells of 4 x 4 pixels."""
+    start = MASK_STRIDE // 2
+    small = [target.gt_masks.tensor[:, start::MASK_STRIDE, start::MASK_STRIDE] for target in targets]
+    offsets = torch.tensor([0, *(len(masks) for masks in small[:-1])], device=frames.device).cumsum(0)
+    return torch.cat(small)[offsets[frames] + instances]
