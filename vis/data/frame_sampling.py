@@ -1,7 +1,8 @@
 """Which frames of a video make a training clip.
 
 Follows the rules of Mask2Former-VIS, MinVIS and DVIS, with two slips of the released code mended: the last window of a
-video is drawn too, and the frames of a video that is shorter than the clip stay in the order of time.
+video is drawn too, and the frames of a video that is shorter than the clip stay in the order of time. Clips in steps
+are IAI's, which starts a video that is too short over again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ def add_config(cfg: CfgNode) -> None:
     cfg.INPUT.SAMPLING_FRAME_RANGE = 10
     # ... and at least this far.
     cfg.INPUT.SAMPLING_INTERVAL = 1
+    # Above 0 (IAI: 3): from a random first frame on in steps of 1 to STEP_MAX frames, forward in time; a video shorter
+    # than the clip is repeated from its beginning. FRAME_RANGE and INTERVAL are not used.
+    cfg.INPUT.SAMPLING_STEP_MAX = 0
+    # Only frames with an object that can be trained on and is a pixel wide and high at least (IAI, MaskTrack R-CNN).
+    cfg.INPUT.SAMPLING_ANNOTATED_ONLY = False
     # Random order instead of the order of time.
     cfg.INPUT.SAMPLING_FRAME_SHUFFLE = False
     # Only this share of each video's frames, evenly spread, is ever used (annotation-efficient training of MinVIS).
@@ -39,6 +45,7 @@ class FrameSampler:
     num_frames: int
     frame_range: int = 10
     interval: int = 1
+    step_max: int = 0
     shuffle: bool = False
     ratio: float = 1.0
     reverse: bool = False
@@ -51,13 +58,18 @@ class FrameSampler:
                 f"INPUT.SAMPLING_FRAME_RANGE ({self.frame_range}) must be at least 0 and INPUT.SAMPLING_INTERVAL "
                 f"({self.interval}) at least 1."
             )
+        if self.step_max < 0:
+            raise ValueError(f"INPUT.SAMPLING_STEP_MAX is {self.step_max}, expected 0 (off) or more frames.")
         if not 0 < self.ratio <= 1:
             raise ValueError(f"INPUT.SAMPLING_FRAME_RATIO is {self.ratio}, expected a share in (0, 1].")
 
     def __call__(self, length: int, rng: np.random.Generator) -> list[int]:
-        """``num_frames`` indices into a video of ``length`` frames, in the order of time (or shuffled, or reversed)."""
+        """``num_frames`` indices into a video of ``length`` frames, in the order of time (or shuffled, or reversed).
+
+        A video that is repeated (``step_max``) is in the order of time within each of its turns.
+        """
         usable = self.usable_frames(length)
-        picks = np.sort(self._positions(len(usable), rng))
+        picks = self._steps(len(usable), rng) if self.step_max else np.sort(self._positions(len(usable), rng))
         if self.shuffle:
             picks = rng.permutation(picks)
         if self.reverse and rng.random() < 0.5:
@@ -72,6 +84,16 @@ class FrameSampler:
         if count == 1:
             return np.array([length // 2])
         return np.linspace(0, length, count, endpoint=False).astype(np.int64)
+
+    def _steps(self, length: int, rng: np.random.Generator) -> np.ndarray:
+        """IAI: each step is uniform in what ``step_max`` and the frames that are to come leave."""
+        if length < self.num_frames:
+            return np.arange(self.num_frames) % length
+        picks = [int(rng.integers(length - self.num_frames + 1))]
+        for remaining in range(self.num_frames - 1, 0, -1):
+            largest = min(self.step_max, length - picks[-1] - remaining)
+            picks.append(picks[-1] + int(rng.integers(1, largest + 1)))
+        return np.array(picks)
 
     def _positions(self, length: int, rng: np.random.Generator) -> np.ndarray:
         count = self.num_frames
@@ -99,6 +121,7 @@ def build_frame_sampler(cfg: CfgNode) -> FrameSampler:
         num_frames=cfg.INPUT.SAMPLING_FRAME_NUM,
         frame_range=cfg.INPUT.SAMPLING_FRAME_RANGE,
         interval=cfg.INPUT.SAMPLING_INTERVAL,
+        step_max=cfg.INPUT.SAMPLING_STEP_MAX,
         shuffle=cfg.INPUT.SAMPLING_FRAME_SHUFFLE,
         ratio=cfg.INPUT.SAMPLING_FRAME_RATIO,
         reverse=cfg.INPUT.REVERSE_AGU,

@@ -52,6 +52,7 @@ def add_config(cfg: CfgNode) -> None:
     cfg.INPUT.PSEUDO.AUGMENTATIONS = ["rotation"]
     cfg.INPUT.PSEUDO.MIN_SIZE_TRAIN = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768)
     cfg.INPUT.PSEUDO.MAX_SIZE_TRAIN = 768
+    cfg.INPUT.PSEUDO.MAX_SIZE_TRAIN_RANGE = ()
     cfg.INPUT.PSEUDO.MIN_SIZE_TRAIN_SAMPLING = "choice_by_clip"
     cfg.INPUT.PSEUDO.CROP = CfgNode()
     cfg.INPUT.PSEUDO.CROP.ENABLED = False

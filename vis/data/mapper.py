@@ -41,6 +41,9 @@ def add_config(cfg: CfgNode) -> None:
     """Keys of the augmentation of video clips; MIN_SIZE_TRAIN, MAX_SIZE_TRAIN and CROP.ENABLED are detectron2's."""
     # "choice" and "range" draw a size for every frame, "choice_by_clip" and "range_by_clip" one for the clip.
     cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice_by_clip"
+    # Two sizes: the bound of the longer edge is drawn too, uniform between them, instead of MAX_SIZE_TRAIN; as often as
+    # the shorter edge is.
+    cfg.INPUT.MAX_SIZE_TRAIN_RANGE = ()
     # "none", "horizontal" and "vertical" (every frame by itself), "flip_by_clip" (horizontally, the whole clip).
     cfg.INPUT.RANDOM_FLIP = "flip_by_clip"
     # Any of "brightness", "contrast", "saturation", "rotation".
@@ -68,6 +71,7 @@ def clip_steps(node: CfgNode, *, flip: str, one_frame: bool = False) -> ClipAugm
         ResizeShortest(
             min_sizes=(min_sizes,) if isinstance(min_sizes, int) else tuple(min_sizes),
             max_size=node.MAX_SIZE_TRAIN,
+            max_sizes=tuple(node.MAX_SIZE_TRAIN_RANGE),
             sampling=node.MIN_SIZE_TRAIN_SAMPLING,
         )
     )
@@ -127,6 +131,8 @@ class ClipMapper:
         augmentation: gives one transform per frame.
         categories: for each contiguous class of the data set the class to train as, None to leave such instances out;
             by default every class is kept as it is.
+        annotated_only: clips are made of the frames alone in which an instance can be trained on, that is one with a
+            box of a pixel at least.
         still: the record is an image: ``frames.num_frames`` copies of it make the clip.
     """
 
@@ -136,11 +142,13 @@ class ClipMapper:
         frames: FrameSampler,
         augmentation: ClipAugmentation,
         categories: Sequence[int | None] | None = None,
+        annotated_only: bool = False,
         still: bool = False,
     ) -> None:
         self.frames = frames
         self.augmentation = augmentation
         self.categories = categories
+        self.annotated_only = annotated_only
         self.still = still
 
     def category(self, annotation: Mapping[str, Any]) -> int | None:
@@ -152,10 +160,23 @@ class ClipMapper:
 
     def usable(self, record: Mapping[str, Any]) -> bool:
         """Whether any instance of the record can be trained on."""
+        if self.annotated_only:
+            return bool(self.annotated_frames(record))
         return any(
             self.category(annotation) is not None and any(_seen(annotation, frame) for frame in range(record["length"]))
             for annotation in record.get("annotations") or ()
         )
+
+    def annotated_frames(self, record: Mapping[str, Any]) -> list[int]:
+        """The frames in which an instance can be trained on that is a pixel wide and high at least."""
+        usable = [each for each in record.get("annotations") or () if self.category(each) is not None]
+        return [frame for frame in range(record["length"]) if any(_valid(each, frame) for each in usable)]
+
+    def _picks(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[int]:
+        if not self.annotated_only:
+            return self.frames(record["length"], rng)
+        frames = self.annotated_frames(record)
+        return [frames[pick] for pick in self.frames(len(frames), rng)]
 
     def __call__(self, record: dict[str, Any], rng: np.random.Generator) -> ClipSample:
         """The sample. All randomness is drawn from ``rng``.
@@ -165,7 +186,7 @@ class ClipMapper:
                 file gives; a mask does not have the size of its video.
         """
         count = self.frames.num_frames
-        picks = [0] * count if self.still else self.frames(record["length"], rng)
+        picks = [0] * count if self.still else self._picks(record, rng)
         transforms = self.augmentation(record["height"], record["width"], count, rng)
         source = frame_source(record)
         present = self._present(record, picks)
@@ -247,14 +268,29 @@ def _seen(annotation: Mapping[str, Any], frame: int) -> bool:
     return bool(annotation["segmentations"][frame]) and (boxes is None or bool(boxes[frame]))
 
 
+def _valid(annotation: Mapping[str, Any], frame: int) -> bool:
+    boxes = annotation.get("bboxes")
+    return _seen(annotation, frame) and (boxes is None or min(boxes[frame][2:]) >= 1)
+
+
 def _mask_or_none(record: Mapping[str, Any], annotation: Mapping[str, Any], frame: int) -> np.ndarray | None:
     return _decode_mask(record, annotation, frame) if _seen(annotation, frame) else None
 
 
 def build_clip_mapper(cfg: CfgNode, *, categories: Sequence[int | None] | None = None) -> ClipMapper:
-    """The mapper of video data sets that ``cfg.INPUT`` describes."""
+    """The mapper of video data sets that ``cfg.INPUT`` describes.
+
+    Raises:
+        ValueError: keys out of range, or clips of annotated frames of videos that may have none.
+    """
+    if cfg.INPUT.SAMPLING_ANNOTATED_ONLY and not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        raise ValueError(
+            "INPUT.SAMPLING_ANNOTATED_ONLY True takes the frames with an object alone, so that videos without any have "
+            "to be left out: set DATALOADER.FILTER_EMPTY_ANNOTATIONS True."
+        )
     return ClipMapper(
         frames=build_frame_sampler(cfg),
         augmentation=clip_steps(cfg.INPUT, flip=cfg.INPUT.RANDOM_FLIP),
         categories=categories,
+        annotated_only=cfg.INPUT.SAMPLING_ANNOTATED_ONLY,
     )

@@ -79,11 +79,17 @@ class ResizeShortest:
     """Shorter edge to one of ``min_sizes`` ("choice") or to an integer between two ("range"), per clip or per frame.
 
     0 keeps the size, as in detectron2.
+
+    Attributes:
+        max_size: of the longer edge.
+        max_sizes: two sizes between which that is drawn instead, as often as the other (multi-scale training of IAI:
+            the frame is fitted into a box whose sides are drawn apart); empty: ``max_size``.
     """
 
     min_sizes: tuple[int, ...]
     max_size: int
     sampling: str = "choice_by_clip"
+    max_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         one_of(self.sampling, SIZE_SAMPLING, "INPUT.MIN_SIZE_TRAIN_SAMPLING")
@@ -94,6 +100,11 @@ class ResizeShortest:
                 f"INPUT.MIN_SIZE_TRAIN_SAMPLING {self.sampling!r} needs exactly two sizes, the smaller first; "
                 f"INPUT.MIN_SIZE_TRAIN is {self.min_sizes}. For a list of sizes use 'choice_by_clip'."
             )
+        if self.max_sizes and (len(self.max_sizes) != 2 or not 0 < self.max_sizes[0] <= self.max_sizes[1]):
+            raise ValueError(
+                f"INPUT.MAX_SIZE_TRAIN_RANGE is {self.max_sizes}, expected two sizes in pixels, the smaller first, or "
+                "none, for INPUT.MAX_SIZE_TRAIN."
+            )
 
     def draw(self, sizes: Sequence[Size], rng: np.random.Generator) -> Drawn:
         """See :class:`Step`."""
@@ -102,10 +113,14 @@ class ResizeShortest:
             edges = rng.integers(self.min_sizes[0], self.min_sizes[1] + 1, size=draws)
         else:
             edges = np.asarray(self.min_sizes)[rng.integers(len(self.min_sizes), size=draws)]
-        edges = np.broadcast_to(edges, (len(sizes),))
+        if self.max_sizes:
+            bounds = rng.integers(self.max_sizes[0], self.max_sizes[1] + 1, size=draws)
+        else:
+            bounds = np.full(draws, self.max_size)
+        edges, bounds = (np.broadcast_to(drawn, (len(sizes),)) for drawn in (edges, bounds))
         return [
-            _resize(size, shortest_edge_size(*size, int(edge), self.max_size))
-            for size, edge in zip(sizes, edges, strict=True)
+            _resize(size, shortest_edge_size(*size, int(edge), int(bound)))
+            for size, edge, bound in zip(sizes, edges, bounds, strict=True)
         ]
 
 
