@@ -11,6 +11,7 @@ import torch
 from detectron2.structures import BitMasks, Instances
 from torch import Tensor
 
+from vis.checkpoint import load_weights
 from vis.engine.config import load_cfg
 from vis.layers.batch_former import BatchFormer
 from vis.modeling import build_model
@@ -106,6 +107,22 @@ def test_nothing_changes_at_test_time(idol: Callable[..., Any]) -> None:
     (expected,), (found,) = plain(BATCH[:1]), full(BATCH[:1])
     assert torch.equal(found.scores, expected.scores)
     assert found.masks == expected.masks
+
+
+def test_weights_with_them_serve_a_model_without(
+    idol: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, full = idol().eval(), idol({**HEADS, **STREAMS}).eval()
+    torch.save({"model": full.state_dict()}, tmp_path / "full.pth")
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.fill_(9.0)
+    with caplog.at_level("INFO", logger="vis"):
+        report = load_weights(plain, tmp_path / "full.pth", training=False)
+    assert "parts for training alone" in caplog.text
+    assert report.missing == []
+    wanted = full.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in plain.state_dict().items())
 
 
 @torch.no_grad()

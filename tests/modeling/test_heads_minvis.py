@@ -181,9 +181,39 @@ def test_starts_from_weights_without_the_heads(tiny_model: Callable[..., Any], t
     load_weights(full, tmp_path / "full.pth", training=False)
     with pytest.raises(ValueError, match=r"missing in the file(.|\n)*heads.boundary(.|\n)*WEIGHTS_ALLOW_MISSING"):
         load_weights(full, tmp_path / "plain.pth")
-    # a model without them says what the file has too much, and that its own config is the one to use
-    with pytest.raises(ValueError, match=r"not in the model(.|\n)*heads.boundary(.|\n)*config that these weights"):
-        load_weights(plain, tmp_path / "full.pth", training=False)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_with_the_heads_serve_a_model_without(
+    tiny_model: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, training: bool
+) -> None:
+    plain, full = tiny_model(), tiny_model({**HEADS, **STREAMS})
+    with torch.no_grad():
+        for parameter in full.parameters():
+            parameter.add_(0.01)
+    torch.save({"model": full.state_dict()}, tmp_path / "full.pth")
+    with caplog.at_level("INFO", logger="vis"):
+        report = load_weights(plain, tmp_path / "full.pth", training=training)
+    assert (report.missing, report.ignored) == ([], [])
+    assert "parts for training alone" in caplog.text
+    assert all(part in caplog.text for part in (f"{BF}*", "heads.boundary.*", "heads.quality.*"))
+    wanted = full.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in plain.state_dict().items())
+    # of those that the model has, none may be missing or of another size
+    some = tiny_model({"MODEL.HEADS": ["QualityHead"], **STREAMS})
+    load_weights(some, tmp_path / "full.pth", training=training)
+    torch.testing.assert_close(
+        some.heads["quality"].embed.layers[0].weight, wanted["heads.quality.embed.layers.0.weight"]
+    )
+    deeper = tiny_model({**STREAMS, "MODEL.BATCH_FORMER.NUM_LAYERS": 2})
+    with pytest.raises(ValueError, match="transformer.bf"):
+        load_weights(deeper, tmp_path / "full.pth", training=training)
+
+
+def test_dvis_starts_from_a_segmenter_with_them(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    torch.save({"model": tiny_model({**HEADS, **STREAMS}).state_dict()}, tmp_path / "full.pth")
+    report = load_weights(tiny_model({"MODEL.META_ARCHITECTURE": "DVISOnline"}), tmp_path / "full.pth")
+    assert {name.split(".")[0] for name in report.missing} == {"tracker"}
 
 
 @pytest.mark.parametrize("position", ["after", "parallel", "before"])

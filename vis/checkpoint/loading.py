@@ -22,6 +22,7 @@ from vis.checkpoint.names import (
 from vis.checkpoint.report import LoadReport, Problems
 from vis.checkpoint.sources import Recognised, fit_prefix, recognise, take_backbone
 from vis.checkpoint.stages import check_class_heads, check_ids, permitted_missing
+from vis.checkpoint.training_parts import left_out, without_training_parts
 from vis.config import CfgNode, declare
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,9 @@ def load_state(
     file = fit_prefix(file, own)
     if file.source.part and not _beside(file, own):
         file = take_backbone(file)
+    file, unneeded = without_training_parts(file, own)
+    if unneeded:
+        logger.info("weights: %s", left_out(path, unneeded))
     permitted = permitted_missing(model, file, path, training=training, allow_missing=allow_missing)
     report = LoadReport(path, file.source.title, file.stage, note=file.source.note)
     loader = _Loader(own, file, report, training=training)
