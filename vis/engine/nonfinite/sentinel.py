@@ -13,6 +13,7 @@ import torch.distributed as dist
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from vis.config import CfgNode, declare
 from vis.engine.nonfinite.dump import StepRecord, folder_of, report_text, summary, write_record, write_shared
@@ -40,18 +41,28 @@ def add_config(cfg: CfgNode) -> None:
 class BufferKeeper:
     """The buffers of a module as they were: running statistics take in what a forward pass sees.
 
-    Copies only those that changed since the last time, which torch counts.
+    Copies only those that changed since the last time. torch counts changes, but not those that batch normalisation
+    makes, whose statistics are copied always.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._statistics = {
+            f"{prefix}.{name}".lstrip(".")
+            for prefix, part in module.named_modules()
+            if isinstance(part, _NormBase)
+            for name, _ in part.named_buffers(recurse=False)
+        }
         self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}
+
+    def _changed(self, name: str, buffer: Tensor) -> bool:
+        own, version, _ = self._kept.get(name, (None, 0, None))
+        return name in self._statistics or own is not buffer or version != buffer._version
 
     def keep(self) -> None:
         """Remember the buffers as they are now."""
         for name, buffer in self.module.named_buffers():
-            before = self._kept.get(name)
-            if before is None or before[0] is not buffer or before[1] != buffer._version:
+            if self._changed(name, buffer):
                 self._kept[name] = (buffer, buffer._version, buffer.detach().clone())
 
     def kept(self) -> dict[str, Tensor]:
@@ -62,9 +73,8 @@ class BufferKeeper:
     def restore(self) -> None:
         """Put back what changed since."""
         for name, buffer in self.module.named_buffers():
-            own, version, copy = self._kept[name]
-            if own is not buffer or version != buffer._version:
-                buffer.copy_(copy)
+            if self._changed(name, buffer):
+                buffer.copy_(self._kept[name][2])
 
 
 class NonFiniteSentinel(HookBase):
