@@ -23,8 +23,10 @@ from vis.engine.sweep_jobs import (
     LOG,
     RECORD,
     Job,
+    Launcher,
     commands,
     differences,
+    interpreter,
     is_finished,
     make_jobs,
     progress,
@@ -81,11 +83,11 @@ class Places:
 Start = Callable[[Job, dict[str, str]], Running]
 
 
-def local_start(launcher: Sequence[str] = ()) -> Start:
+def local_start(launcher: Launcher = interpreter) -> Start:
     """Runs jobs as children of this process.
 
     Args:
-        launcher: stands for the interpreter and ``tools/train_net.py``.
+        launcher: gives the words that start a tool.
     """
 
     def start(job: Job, environment: dict[str, str]) -> Running:

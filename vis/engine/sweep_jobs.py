@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vis.engine.sweep_file import ENSEMBLE, EVALUATE, MULTI_SCALE, TRAIN, Settin
 
 RECORD = "sweep_run.json"
 LOG = "console.txt"
+Launcher = Callable[[str], list[str]]
 _TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # Keys that say where and how fast a run works, not what comes of it.
 _HARMLESS = ("OUTPUT_DIR:", "DATALOADER.NUM_WORKERS:", "TEST.PREFETCH_FRAMES:", "SOLVER.CHECKPOINT_")
@@ -125,36 +126,39 @@ def make_jobs(sweep: Sweep) -> list[Job]:
     return list(jobs.values())
 
 
-def commands(job: Job, launcher: Sequence[str] = ()) -> list[list[str]]:
+def interpreter(tool: str) -> list[str]:
+    """The words that start a tool of ``tools/``."""
+    return [sys.executable, str(_TOOLS / f"{tool}.py")]
+
+
+def commands(job: Job, launcher: Launcher = interpreter) -> list[list[str]]:
     """What to run, one after the other.
 
     Args:
-        launcher: stands for the interpreter and ``tools/train_net.py``.
+        launcher: gives the words that start a tool.
     """
-    train = list(launcher) or [sys.executable, str(_TOOLS / "train_net.py")]
-    python = sys.executable
     setting = job.setting
     if setting.kind == ENSEMBLE:
-        return _ensemble(job, python)
+        return _ensemble(job, launcher)
     flags = ["--config-file", str(setting.config), "--num-gpus", str(setting.num_gpus)]
     if setting.kind == TRAIN:
-        return [[*train, *flags, "--resume", *job.words]]
+        return [[*launcher("train_net"), *flags, "--resume", *job.words]]
     if setting.kind == EVALUATE:
-        return [[*train, *flags, "--eval-only", *job.words]]
+        return [[*launcher("train_net"), *flags, "--eval-only", *job.words]]
     sizes = ["--sizes", *map(str, setting.fusion["sizes"])]
-    return [[python, str(_TOOLS / "multi_scale_test.py"), *sizes, *_options(setting.fusion), *flags, *job.words]]
+    return [[*launcher("multi_scale_test"), *sizes, *_options(setting.fusion), *flags, *job.words]]
 
 
-def _ensemble(job: Job, python: str) -> list[list[str]]:
+def _ensemble(job: Job, launcher: Launcher) -> list[list[str]]:
     rows = iter(job.sources)
     files = [name if is_result_file(name) else str(next(rows).results()) for name in job.setting.members]
     videos = str(MetadataCatalog.get(test_sets(job)[0]).json_file)
     output = str(job.results())
-    fuse = [python, str(_TOOLS / "ensemble.py"), *files, "--gt-or-json", videos, "--output", output]
+    fuse = [*launcher("ensemble"), *files, "--gt-or-json", videos, "--output", output]
     command = [*fuse, *_options(job.setting.fusion)]
     if not has_annotations(videos):
         return [command]
-    measure = [python, str(_TOOLS / "evaluate.py"), "--gt", videos, "--results", output]
+    measure = [*launcher("evaluate"), "--gt", videos, "--results", output]
     return [command, [*measure, "--json", str(job.folder / "evaluation.json")]]
 
 
