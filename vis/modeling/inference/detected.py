@@ -23,7 +23,7 @@ class PlacesMasks(Protocol):
     def masks_at(
         self, found: FrameDetections, pyramid: Pyramid, size: tuple[int, int], scale: tuple[float, float]
     ) -> Tensor:
-        """(n, H, W) probabilities in a picture of ``size`` with ``scale`` (x, y) of its pixels per pixel of the input."""
+        """(n, H, W) probabilities in a picture of ``size``, ``scale`` (x, y) of its pixels to one of the input."""
 
 
 def encode_detections(
