@@ -42,6 +42,8 @@ def add_config(cfg: CfgNode) -> None:
     # The mask branch.
     node.MASK_DIM = 128
     node.MASK_CONVS = 4
+    # Its norms: BN, with the statistics of a process's frames (of all time steps of its clips together), SyncBN, GN ...
+    node.MASK_NORM = "BN"
     # Upper ends of the ranges of the levels: largest distance, in pixels, from a location to a side of its box.
     node.RANGES = list(RANGES[:-1])
     # Masks of at most so many positives of a frame are trained (AdelaiDet: 64); 0, as IAI, trains all.
@@ -116,7 +118,11 @@ class CondInst(Detector):
                 embed_convs=node.EMBED_CONVS,
             ),
             "mask_branch": MaskBranch(
-                in_channels=node.DIM, channels=node.MASK_DIM, num_levels=_MASK_LEVELS, num_convs=node.MASK_CONVS
+                in_channels=node.DIM,
+                channels=node.MASK_DIM,
+                num_levels=_MASK_LEVELS,
+                num_convs=node.MASK_CONVS,
+                norm=node.MASK_NORM,
             ),
             "criterion": FCOSCriterion(
                 num_classes=num_classes,

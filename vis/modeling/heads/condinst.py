@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from detectron2.layers import get_norm
 from torch import Tensor, nn
 
 from vis.layers.dynamic_conv import aligned_bilinear, relative_axes, split_parameters
@@ -30,10 +31,12 @@ class MaskBranch(nn.Module):
         num_levels: int = 3,
         num_convs: int = 4,
         out_channels: int = WIDTHS[0] - 2,
+        norm: str = "BN",
     ) -> None:
+        """Args: ``norm``: a name that detectron2 knows, for instance BN, SyncBN or GN."""
         super().__init__()
-        self.refine = nn.ModuleList(_conv_norm_relu(in_channels, channels) for _ in range(num_levels))
-        convs = [_conv_norm_relu(channels, channels) for _ in range(num_convs)]
+        self.refine = nn.ModuleList(_conv_norm_relu(in_channels, channels, norm) for _ in range(num_levels))
+        convs = [_conv_norm_relu(channels, channels, norm) for _ in range(num_convs)]
         self.tower = nn.Sequential(*convs, nn.Conv2d(channels, out_channels, 1))
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
@@ -44,9 +47,9 @@ class MaskBranch(nn.Module):
         return self.tower(x)
 
 
-def _conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
+def _conv_norm_relu(in_channels: int, out_channels: int, norm: str) -> nn.Sequential:
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
+    return nn.Sequential(conv, get_norm(norm, out_channels), nn.ReLU())
 
 
 def dynamic_logits(features: Tensor, parameters: Tensor, frames: Tensor, points: Tensor, strides: Tensor) -> Tensor:
