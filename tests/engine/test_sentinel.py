@@ -80,8 +80,8 @@ def at(trainer: Trainer, iteration: int, plant: Callable[[Any], Any]) -> None:
 
     def run_step() -> None:
         if trainer.iter == iteration:
-            batch = trainer._first if trainer._first is not None else next(trainer._loader)
-            trainer._first = plant(batch) or batch
+            first, *others = trainer._first if trainer._first is not None else trainer._batches()
+            trainer._first = [plant(first) or first, *others]
         step()
 
     trainer.run_step = run_step  # type: ignore[method-assign]

@@ -18,8 +18,9 @@ from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, Tenso
 
 from vis.checkpoint import build_class_map, load_weights, read_checkpoint, remove_temporary_files
 from vis.config import CfgNode
+from vis.data.layout import batch_layout, log_layout
 from vis.data.loaders import build_train_loader
-from vis.engine.data_parallel import data_parallel
+from vis.engine.data_parallel import data_parallel, synchronized_norms
 from vis.engine.evaluation import check_test_set, evaluate, evaluate_only
 from vis.engine.hooks import CheckpointHook, EvaluationHook, MetricPrinter
 from vis.engine.nonfinite import build_sentinel
@@ -36,7 +37,7 @@ from vis.engine.state import (
     set_earlier_run_aside,
     set_random_state,
 )
-from vis.engine.step import StopAtNonFinite, TrainingStep
+from vis.engine.step import StopAtNonFinite, TrainingStep, normalizer_is_exact
 from vis.modeling import build_model
 from vis.solver import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from vis.structures import ClipSample
@@ -76,12 +77,14 @@ class Trainer(TrainerBase):
         self.cfg = cfg
         self.folder = Path(cfg.OUTPUT_DIR)
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self.module = build_model(cfg)
+        self.layout = batch_layout(cfg)
+        module = build_model(cfg)
+        self.device = next(module.parameters()).device
+        self.module = synchronized_norms(cfg, module, self.device)
         self.module.train()
-        self.device = next(self.module.parameters()).device
         self.optimizer = build_optimizer(cfg, self.module)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
-        self.model = data_parallel(self.module, self.device)
+        self.model = data_parallel(cfg, self.module, self.device)
         dtype, scaler = mixed_precision(cfg, self.device)
         self.step = TrainingStep(
             module=self.module,
@@ -91,6 +94,10 @@ class Trainer(TrainerBase):
             dtype=dtype,
             scaler=scaler,
             sentinel=StopAtNonFinite(self.folder),
+            layout=self.layout,
+            seed=max(cfg.SEED, 0),
+            exact=normalizer_is_exact(cfg),
+            all_used=not (cfg.SOLVER.DDP.FIND_UNUSED_PARAMETERS or cfg.SOLVER.DDP.STATIC_GRAPH),
         )
         self.sentinel = self.step.sentinel = build_sentinel(cfg, self.step)
         # What else belongs into checkpoints, by name. A part that is not in the checkpoint that is resumed starts anew.
@@ -101,7 +108,7 @@ class Trainer(TrainerBase):
         self.stop_reason = ""
         self._resumed_random: list[dict[str, Any]] | None = None
         self._loader: Iterator[list[ClipSample]] = iter(())
-        self._first: list[ClipSample] | None = None
+        self._first: list[list[ClipSample]] | None = None
         self._config = plain_config(cfg)
 
     def resume_or_load(self, resume: bool = False) -> None:
@@ -165,11 +172,7 @@ class Trainer(TrainerBase):
 
     def _compare_config(self, state: dict[str, Any]) -> None:
         if state["world_size"] != comm.get_world_size():
-            logger.warning(
-                "the checkpoint is of %d processes, now there are %d: other batches and random numbers follow",
-                *(state["world_size"], comm.get_world_size()),
-            )
-            self._resumed_random = None
+            self._other_world(state)
         changes = (
             config_changes(state["config"], self._config) if state["config_hash"] != config_hash(self._config) else []
         )
@@ -184,6 +187,21 @@ class Trainer(TrainerBase):
         for change in changes:
             level = logging.INFO if change.startswith(harmless) else logging.WARNING
             logger.log(level, "config differs from that of the checkpoint: %s", change)
+
+    def _other_world(self, state: dict[str, Any]) -> None:
+        """The batches of a run stay those of the number of processes that it began with, if they can."""
+        before, now = state["world_size"], comm.get_world_size()
+        self._resumed_random = None  # what a step draws does not depend on it
+        reference = state.get("reference", before)
+        self.layout = self.step.layout = batch_layout(self.cfg, reference=reference)
+        if self.layout.reference == reference:
+            logger.warning("the checkpoint is of %d processes, now there are %d: the same batches follow", before, now)
+        else:
+            logger.warning(
+                "the checkpoint is of %d processes, now there are %d, and SOLVER.REFERENCE_WORLD_SIZE is %d instead of "
+                "%d: other batches follow",
+                *(before, now, self.cfg.SOLVER.REFERENCE_WORLD_SIZE, reference),
+            )
 
     def train(self) -> OrderedDict[str, Any]:  # type: ignore[override]
         """Run from ``start_iter`` to ``SOLVER.MAX_ITER`` and return the results of the last evaluation.
@@ -227,8 +245,9 @@ class Trainer(TrainerBase):
         for name in self.cfg.DATASETS.TEST if comm.is_main_process() else ():
             check_test_set(self.cfg, name)
         if self.start_iter < self.max_iter:
-            self._loader = build_train_loader(self.cfg, start_iter=self.start_iter)
-            self._first = next(self._loader)
+            log_layout(self.cfg, self.layout)
+            self._loader = build_train_loader(self.cfg, start_iter=self.start_iter, layout=self.layout)
+            self._first = self._batches()
         # Only now: building the loader and its first batch must not count, whether this is a start or a continuation.
         if self._resumed_random is not None:
             set_random_state(self._resumed_random[comm.get_rank()])
@@ -275,10 +294,13 @@ class Trainer(TrainerBase):
     def run_step(self) -> None:
         """One iteration: batch, losses, gradients, clipping, update."""
         start = time.perf_counter()
-        batch = self._first if self._first is not None else next(self._loader)
+        batches = self._first if self._first is not None else self._batches()
         self._first = None
         self.storage.put_scalar("data_time", time.perf_counter() - start)
-        self.step(self.iter, batch)
+        self.step(self.iter, batches)
+
+    def _batches(self) -> list[list[ClipSample]]:
+        return [next(self._loader) for _ in range(self.layout.steps)]
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What is needed to continue after this iteration exactly; call it in every process."""
@@ -292,6 +314,7 @@ class Trainer(TrainerBase):
             "iteration": self.iter + 1,
             "random": comm.gather(random_state()),
             "world_size": comm.get_world_size(),
+            "reference": self.layout.reference,
             "config": self._config,
             "config_hash": config_hash(self._config),
         }

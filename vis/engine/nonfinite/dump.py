@@ -35,7 +35,8 @@ class StepRecord:
 
     Attributes:
         batches: those of the step (one, or several whose gradients are added up).
-        random: the random state before the step; buffers: name -> those of the model before the step.
+        random: the random state before the step; streams: the random numbers of each batch.
+        buffers: name -> those of the model before the step.
         losses, grad_norm, scale: what the step came to, and what its loss was multiplied with.
         dtype: of autocast ("float16", ...), "" for none.
         reason: what the message of the error says of this process; "" where its numbers are finite.
@@ -47,6 +48,7 @@ class StepRecord:
     world_size: int
     batches: list[Any]
     random: dict[str, Any]
+    streams: list[dict[str, int]]
     buffers: dict[str, Tensor]
     losses: dict[str, float]
     grad_norm: float
@@ -80,7 +82,17 @@ def write_record(record: StepRecord, folder: Path) -> None:
             "batches": to_plain(record.batches),
             **{
                 name: getattr(record, name)
-                for name in ("iteration", "rank", "world_size", "random", "losses", "grad_norm", "scale", "dtype")
+                for name in (
+                    "iteration",
+                    "rank",
+                    "world_size",
+                    "random",
+                    "streams",
+                    "losses",
+                    "grad_norm",
+                    "scale",
+                    "dtype",
+                )
             },
             "buffers": {name: value.detach().cpu() for name, value in record.buffers.items()},
             "device": record.device,

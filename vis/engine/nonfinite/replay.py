@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from vis.engine.nonfinite.dump import CONFIG, MODEL, StepRecord, read_record
 from vis.engine.nonfinite.locate import Trace, trace_step
 from vis.engine.precision import autocast
 from vis.engine.state import random_state_kept, set_random_state
+from vis.layers.item_streams import part_streams
 from vis.modeling import build_model
 
 logger = logging.getLogger(__name__)
@@ -82,11 +85,16 @@ def replay(dump: str | Path, *, rank: int | None = None, device: str = "") -> Re
     if tell is not None:
         tell(record.iteration)
     dtype = getattr(torch, record.dtype) if record.dtype in ("float16", "bfloat16") else None
+    parts = iter(record.streams)
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with part_streams(**next(parts)), autocast(dtype, torch.device(where)):
+            yield
+
     with random_state_kept():
         set_random_state(record.random)
-        trace = trace_step(
-            model, record.batches, context=lambda: autocast(dtype, torch.device(where)), scale=record.scale
-        )
+        trace = trace_step(model, record.batches, context=context, scale=record.scale)
     return Replay(record, trace, where)
 
 

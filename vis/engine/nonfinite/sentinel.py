@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from vis.config import CfgNode, declare
 from vis.engine.nonfinite.dump import StepRecord, folder_of, report_text, summary, write_record, write_shared
 from vis.engine.nonfinite.locate import Trace, trace_step
-from vis.engine.precision import autocast
 from vis.engine.state import plain_config, random_state, set_random_state
 from vis.engine.step import StepNumbers, StopAtNonFinite, TrainingStep
 from vis.modeling.matchers.finite import CostProblem, problems_wait
@@ -182,8 +181,11 @@ class NonFiniteSentinel(HookBase):
             iteration=numbers.iteration,
             rank=comm.get_rank(),
             world_size=comm.get_world_size(),
-            batches=[numbers.batch],
+            batches=list(numbers.batches),
             random=self._random,
+            streams=[
+                self.step.streams(numbers.iteration, index, len(batch)) for index, batch in enumerate(numbers.batches)
+            ],
             buffers=self._buffers.kept(),
             losses=numbers.losses,
             grad_norm=numbers.grad_norm,
@@ -206,13 +208,14 @@ class NonFiniteSentinel(HookBase):
         self.step.optimizer.zero_grad(set_to_none=True)  # makes room
         self._buffers.restore()
         set_random_state(self._random)
+        parts = enumerate(record.batches)
+
+        def context() -> AbstractContextManager[None]:
+            index, batch = next(parts)
+            return self.step.part(record.iteration, index, len(batch))
+
         try:
-            return trace_step(
-                self.step.module,
-                record.batches,
-                context=lambda: autocast(self.step.dtype, self.step.device),
-                scale=record.scale,
-            )
+            return trace_step(self.step.module, record.batches, context=context, scale=record.scale)
         finally:
             set_random_state(after)
 
