@@ -18,7 +18,9 @@ _CLASS_ROWS: tuple[tuple[re.Pattern[str], int, int | None], ...] = (
 )
 _EMPTY_WEIGHT = re.compile(r"(^|\.)\w*criterion\.empty_weight$")
 #: Layers with channels for the ids of instances (IAI): re-made where MODEL.IAI.NUM_IDS differs.
-ID_CHANNELS = re.compile(r"(fcos_head\.id_logits\.(weight|bias)|association\.id_bank\.weight)$")
+ID_CHANNELS = re.compile(
+    r"(fcos_head\.id_logits\.(weight|bias)|association\.id_bank\.weight|roi_heads\.id_head\.predictor\.(weight|bias))$"
+)
 
 #: Constants of a configuration and counters that steer nothing: some files have them, some do not.
 CONSTANTS = re.compile(

@@ -141,8 +141,8 @@ def check_ids(path: str, remade: Sequence[tuple[str, tuple[int, ...], tuple[int,
         return
     name, found, own = remade[0]
     differs = next(axis for axis in range(len(own)) if found[axis] != own[axis])
-    bank = int(name.endswith("id_bank.weight"))  # it has a channel for the background
+    extra = int("id_logits" not in name)  # the bank and a softmax have one for the background
     raise ValueError(
-        f"{path} was trained with MODEL.IAI.NUM_IDS {found[differs] - bank}, this model has {own[differs] - bank}: set "
-        "it to that number"
+        f"{path} was trained with MODEL.IAI.NUM_IDS {found[differs] - extra}, this model has {own[differs] - extra}: "
+        "set it to that number"
     )
