@@ -52,12 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "four times as long."
     )
     parser.epilog = _EPILOG
-    parser.add_argument("--sizes", type=int, nargs="+", required=True, metavar="N", help="short sides in pixels")
-    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per size (default: equal)")
     parser.add_argument(
-        "--iou", type=float, default=0.5, help="tracks are paired from this IoU on (default: %(default)s)"
+        "--sizes", type=int, nargs="+", metavar="N", help="short sides in pixels (default: TEST.MULTI_SCALE.SIZES)"
     )
-    parser.add_argument("--max-num", type=int, metavar="N", help="keep the N best tracks of a video (default: all)")
+    parser.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        metavar="W",
+        help="one per size (default: TEST.MULTI_SCALE.WEIGHTS, else equal)",
+    )
+    parser.add_argument("--iou", type=float, help="tracks are paired from this IoU on (default: TEST.MULTI_SCALE.IOU)")
+    parser.add_argument(
+        "--max-num", type=int, metavar="N", help="keep the N best tracks of a video (default: TEST.MULTI_SCALE.MAX_NUM)"
+    )
     args = parse_arguments(parser, argv)
     if args.resume:
         parser.error("--resume is for trainings: name the weights by MODEL.WEIGHTS; sizes that are finished are kept")

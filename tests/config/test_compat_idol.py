@@ -11,6 +11,7 @@ import yaml
 
 from vis.config import CfgNode
 from vis.engine import load_cfg
+from vis.modeling import build_model
 
 # Keys of the release with the values of OVIS, R50, in an arrangement of our own.
 BASE: dict[str, Any] = yaml.safe_load("""
@@ -85,11 +86,65 @@ def flat(node: CfgNode, path: str = "") -> dict[str, Any]:
 OWN = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "DATASETS.TRAIN", "DATASETS.TEST")
 
 
-@pytest.mark.parametrize(("ours", "change"), [("ovis_r50.yaml", {}), ("ovis_swinl.yaml", SWIN)])
-def test_released_file_means_ours(released: Callable[..., CfgNode], project_root: Path, ours: str, change: Any) -> None:
-    found = flat(released(BASE, change))
+R101 = "MODEL: {WEIGHTS: weights/cocopretrain_R101.pth, RESNETS: {DEPTH: 101}}"
+
+
+def youtube_vis(year: int) -> dict[str, Any]:
+    """What the release's files of YouTube-VIS say otherwise."""
+    sizes = "(320, 352, 392, 416, 448, 480, 512, 544, 576, 608, 640)"
+    return {
+        "MODEL": {"IDOL": {"NUM_CLASSES": 40, "NMS_PRE": 0.5, "ADD_NEW_SCORE": 0.2}},
+        "SOLVER": {"IMS_PER_BATCH": 32},
+        "INPUT": {"MIN_SIZE_TRAIN": sizes, "MAX_SIZE_TRAIN": 768, "MIN_SIZE_TEST": 480},
+        "DATASETS": {"TRAIN": f'("ytvis_{year}_train",)', "TEST": f'("ytvis_{year}_val",)'},
+    }
+
+
+def coco(batch: int, steps: tuple[int, int], last: int, period: int, size: int) -> dict[str, Any]:
+    """The trainings on pairs of COCO. They name no weights: ours start from an ImageNet backbone."""
+    own = youtube_vis(2019)
+    return {
+        "MODEL": {**own["MODEL"], "IDOL": {**own["MODEL"]["IDOL"], "NUM_CLASSES": 80}},
+        "SOLVER": {"IMS_PER_BATCH": batch, "BASE_LR": 0.0002, "STEPS": str(steps)}
+        | {"MAX_ITER": last, "CHECKPOINT_PERIOD": period},
+        "INPUT": {**own["INPUT"], "MAX_SIZE_TRAIN": 1333, "MIN_SIZE_TEST": size, "COCO_PRETRAIN": True}
+        | {"MIN_SIZE_TRAIN_SAMPLING": "choice", "RANDOM_FLIP": "horizontal"},
+        "DATASETS": {"TRAIN": '("coco_2017_train",)', "TEST": '("coco_2017_val",)'},
+        "DATALOADER": {"FILTER_EMPTY_ANNOTATIONS": True},
+        "TEST": {"EVAL_PERIOD": period},
+    }
+
+
+# Our file -> what the release's says otherwise than BASE.
+RELEASED: dict[str, tuple[Any, ...]] = {
+    "ovis_r50.yaml": (),
+    "ovis_swinl.yaml": (SWIN,),
+    **{f"ytvis{year - 2000}_r50.yaml": (youtube_vis(year),) for year in (2019, 2021)},
+    **{f"ytvis{year - 2000}_r101.yaml": (youtube_vis(year), R101) for year in (2019, 2021)},
+    **{f"ytvis{year - 2000}_swinl.yaml": (youtube_vis(year), SWIN) for year in (2019, 2021)},
+    "coco_r50.yaml": (coco(32, (22200, 44400), 59200, 3700, 640),),
+    "coco_swinl.yaml": (SWIN, coco(16, (59200, 118400), 148000, 2000, 800)),
+}
+
+
+START = {
+    "coco_r50.yaml": "detectron2://ImageNetPretrained/torchvision/R-50.pkl",
+    "coco_swinl.yaml": "weights/swin_large_patch4_window12_384_22k.pth",
+}
+
+
+@pytest.mark.parametrize("ours", list(RELEASED))
+def test_released_file_means_ours(released: Callable[..., CfgNode], project_root: Path, ours: str) -> None:
+    found = flat(released(BASE, *RELEASED[ours]))
     own = flat(load_cfg(str(project_root / "configs/idol" / ours)))
     unlike = {key: (found[key], own[key]) for key in own if found[key] != own[key] and key not in OWN}
+    if ours.startswith("coco"):
+        # the release's names no backbone, and what makes pairs there is COCO_PRETRAIN alone
+        assert (unlike.pop("MODEL.WEIGHTS")[1], unlike.pop("INPUT.DATASET_MAPPER_NAME")[1]) == (
+            START[ours],
+            "coco_clip",
+        )
+        assert found["INPUT.COCO_PAIRS"] is True
     # 200 queries of the Swin fragment are Mask2Former's; IDOL's are MODEL.IDOL.NUM_OBJECT_QUERIES.
     unlike.pop("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", None)
     assert unlike == {}
@@ -125,28 +180,86 @@ def test_what_is_not_there(released: Callable[..., CfgNode], key: str, value: st
         released(BASE, opts=(key, value))
 
 
-# (batch, shortest edges at training, at test, longest edge, NMS of masks, score of a new track)
-PUBLISHED = {
-    "ytvis19_r50.yaml": (32, 320, 640, 480, 768, 0.5, 0.2, 40),
-    "ytvis19_r101.yaml": (32, 320, 640, 480, 768, 0.5, 0.2, 40),
-    "ytvis19_swinl.yaml": (32, 320, 640, 480, 768, 0.5, 0.2, 40),
-    "ytvis21_r50.yaml": (32, 320, 640, 480, 768, 0.5, 0.2, 40),
-    "ytvis21_r101.yaml": (32, 320, 640, 480, 768, 0.5, 0.2, 40),
-    "ytvis21_swinl.yaml": (32, 320, 640, 480, 768, 0.5, 0.2, 40),
-    "ovis_r50.yaml": (16, 480, 800, 720, 1333, 0.3, 0.3, 25),
-    "ovis_swinl.yaml": (16, 480, 800, 720, 1333, 0.3, 0.3, 25),
+# Our own: (batch, shortest edges at training, at test, longest edge, NMS of masks, score of a new track, classes)
+RECIPES = {
+    "ovis_r101": (16, 480, 800, 720, 1333, 0.3, 0.3, 25),
+    "ovis_swinl_quality": (8, 320, 640, 720, 1333, 0.3, 0.3, 25),
+    "ytvis22_r50": (8, 320, 640, 720, 768, 0.5, 0.2, 40),
+    "ytvis22_r101": (8, 320, 640, 720, 768, 0.5, 0.2, 40),
+    "ytvis22_swinl": (8, 320, 640, 720, 768, 0.5, 0.2, 40),
+    "ablations/coco_baseline": (8, 320, 640, 800, 1333, 0.5, 0.2, 80),
+    "ablations/ytvis22_boundary": (8, 320, 640, 720, 768, 0.5, 0.2, 40),
 }
 
 
-@pytest.mark.parametrize("name", list(PUBLISHED))
+@pytest.mark.parametrize("name", list(RECIPES))
 def test_recipes(name: str, project_root: Path) -> None:
-    cfg = load_cfg(str(project_root / "configs/idol" / name))
+    cfg = load_cfg(str(project_root / f"configs/idol/{name}.yaml"))
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     found = (cfg.SOLVER.IMS_PER_BATCH, min(sizes), max(sizes), cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TRAIN)
     tests = (cfg.MODEL.IDOL.NMS_PRE, cfg.MODEL.IDOL.ADD_NEW_SCORE, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
-    assert (*found, *tests) == PUBLISHED[name]
-    assert (cfg.SOLVER.MAX_ITER, tuple(cfg.SOLVER.STEPS), cfg.SOLVER.BASE_LR) == (12000, (8000,), 1e-4)
+    assert (*found, *tests) == RECIPES[name]
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY, cfg.MODEL.IDOL.RELEASED_MATCHER) == (1e-4, 1e-4, False)
     assert (cfg.INPUT.SAMPLING_FRAME_NUM, cfg.INPUT.SAMPLING_FRAME_RANGE) == (2, 10)
-    depth = 101 if "r101" in name else 50
-    backbone = (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.BACKBONE.FREEZE_AT)
-    assert backbone == (depth, 2)
+    assert cfg.MODEL.BACKBONE.FREEZE_AT == 2
+    assert ("r101" in name) == (cfg.MODEL.RESNETS.DEPTH == 101)
+    last = 175000 if "coco" in name else 12000 if name == "ovis_r101" else 40000
+    assert (cfg.SOLVER.MAX_ITER, round(cfg.SOLVER.STEPS[0] / last, 4)) == (last, 0.6667)
+    if "22" in name:
+        assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("ytvis_2021_train",), ("ytvis_2022_val",))
+
+
+PARTS = {
+    "baseline": ([], False),
+    "quality": (["QualityHead"], False),
+    "boundary": (["QualityHead", "BoundaryHead"], False),
+    "batchformer": (["QualityHead", "BoundaryHead"], True),
+}
+
+
+def test_rows_of_the_challenge_systems(project_root: Path) -> None:
+    """Each row has its parts in both of its trainings, and the second starts from the first of the same row."""
+    folder = project_root / "configs/idol/ablations"
+    rows = {file.stem: load_cfg(str(file)) for file in folder.glob("*.yaml")}
+    multi_scale = rows.pop("ovis_multi_scale")
+    assert set(rows) == {f"{stage}_{row}" for stage in ("coco", "ovis") for row in PARTS} | {
+        f"ytvis22_{row}" for row in ("baseline", "quality", "boundary")
+    }
+    for name, cfg in rows.items():
+        stage, row = name.split("_")
+        assert (list(cfg.MODEL.HEADS), cfg.MODEL.BATCH_FORMER.ENABLED) == PARTS[row]
+        assert not PARTS[row][1] or cfg.MODEL.BATCH_FORMER.POSITION == "before"
+        before = (
+            "weights/cocopretrain_SWINL.pth" if stage == "coco" else f"{rows[f'coco_{row}'].OUTPUT_DIR}/model_final.pth"
+        )
+        assert before == cfg.MODEL.WEIGHTS
+    assert multi_scale.TEST.MULTI_SCALE.SIZES == [720, 1080]
+    assert f"{rows['ovis_batchformer'].OUTPUT_DIR}/model_final.pth" == multi_scale.MODEL.WEIGHTS
+    assert len({cfg.OUTPUT_DIR for cfg in (*rows.values(), multi_scale)}) == len(rows) + 1
+
+
+def configurations() -> list[str]:
+    folder = Path(__file__).resolve().parents[2] / "configs" / "idol"
+    return [str(file.relative_to(folder)) for file in sorted(folder.rglob("*.yaml"))]
+
+
+def test_there_are_all_data_sets_and_backbones() -> None:
+    sets, backbones = ("ytvis19", "ytvis21", "ytvis22", "ovis", "coco"), ("r50", "r101", "swinl")
+    assert {f"{name}_{backbone}.yaml" for name in sets for backbone in backbones} <= set(configurations())
+
+
+@pytest.mark.parametrize("name", configurations())
+def test_every_configuration_builds(name: str, project_root: Path) -> None:
+    """At a fraction of its width: what is checked is that its parts fit together."""
+    narrow = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16]
+    narrow += ["MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.SWIN.EMBED_DIM", 48, "MODEL.IDOL.HIDDEN_DIM", 32]
+    cfg = load_cfg(str(project_root / "configs/idol" / name), ["MODEL.DEVICE", "cpu", *narrow])
+    model = build_model(cfg)
+    heads = [type(head).__name__ for head in model.heads.values()]
+    assert heads == list(cfg.MODEL.HEADS)
+    assert any(".bf." in key for key in model.state_dict()) == cfg.MODEL.BATCH_FORMER.ENABLED
+    assert len(model.detr.detr.class_embed[0].bias) == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    blocks = sum(key.endswith("attn.qkv.weight") for key in model.state_dict())
+    convs = sum(key.endswith("conv2.weight") for key in model.state_dict() if "backbone" in key)
+    swin = "swinl" in name or name.startswith("ablations")
+    assert (blocks, convs) == ((24, 0) if swin else (0, 33 if "r101" in name else 16))

@@ -14,6 +14,7 @@ import pytest
 from vis.data.synthetic import generate
 from vis.engine import load_cfg
 from vis.engine.multi_scale import at_size, multi_scale_test
+from vis.evaluation.resume import _leaves
 
 
 @pytest.fixture
@@ -84,11 +85,37 @@ def test_largest_size_grows_with_the_size(project_root: Path) -> None:
     large = at_size(cfg, 1080)
     assert (large.INPUT.MIN_SIZE_TEST, large.INPUT.MAX_SIZE_TEST, large.OUTPUT_DIR) == (1080, 2000, "out/size_1080")
     assert at_size(cfg, 720).INPUT == cfg.INPUT
-    for sizes in ([720, 720], [0, 720], []):
+    for sizes in ([720, 720], [0, 720], [], None):
         with pytest.raises(ValueError, match="expected different positive numbers"):
             multi_scale_test(cfg, sizes)
     with pytest.raises(ValueError, match="two or more"):
         multi_scale_test(cfg, [720])
+
+
+def test_sizes_and_weights_by_key(project_root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The ablation's file names its sizes, options come first, and neither makes other results of one size."""
+    (tmp_path / "ovis").mkdir()
+    (tmp_path / "ovis" / "annotations_valid.json").write_text("{}")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    file = str(project_root / "configs/idol/ablations/ovis_multi_scale.yaml")
+    keys = ["TEST.MULTI_SCALE.WEIGHTS", [2.0, 1.0], "TEST.MULTI_SCALE.MAX_NUM", 30, "TEST.MULTI_SCALE.IOU", 0.6]
+    cfg = load_cfg(file, [*keys, "OUTPUT_DIR", str(tmp_path)])
+    sizes, options = [], []
+    monkeypatch.setattr("vis.engine.multi_scale.evaluate_only", lambda each: sizes.append(each.INPUT.MIN_SIZE_TEST))
+    monkeypatch.setattr("vis.engine.multi_scale.load_videos", lambda path: None)
+    monkeypatch.setattr("vis.engine.multi_scale.fuse_files", lambda *files, **given: options.append(given))
+    monkeypatch.setattr("vis.engine.multi_scale.write_submission", lambda path: path)
+    monkeypatch.setattr("vis.engine.multi_scale._ap", lambda *files: None)
+    multi_scale_test(cfg)
+    multi_scale_test(cfg, [360, 480, 720], weights=[1, 1, 3], iou_threshold=0.7, max_num=9)
+    assert sizes == [720, 1080, 360, 480, 720]
+    assert options == [
+        {"weights": [2.0, 1.0], "iou_threshold": 0.6, "max_num": 30},
+        {"weights": [1, 1, 3], "iou_threshold": 0.7, "max_num": 9},
+    ]
+    plain = load_cfg(file)
+    assert plain.TEST.MULTI_SCALE.WEIGHTS == []
+    assert list(_leaves({"TEST": plain.TEST})) == list(_leaves({"TEST": cfg.TEST}))
 
 
 @pytest.mark.slow

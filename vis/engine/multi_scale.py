@@ -43,10 +43,10 @@ def at_size(cfg: CfgNode, size: int) -> CfgNode:
 
 def multi_scale_test(
     cfg: CfgNode,
-    sizes: Sequence[int],
+    sizes: Sequence[int] | None = None,
     *,
     weights: Sequence[float] | None = None,
-    iou_threshold: float = 0.5,
+    iou_threshold: float | None = None,
     max_num: int | None = None,
 ) -> dict[str, YTVISResult | None]:
     """Evaluate ``MODEL.WEIGHTS`` at every size and fuse the results to ``OUTPUT_DIR/fused/<data set>/results.json``.
@@ -54,7 +54,8 @@ def multi_scale_test(
     A size that was evaluated before with the same weights, config and code is not computed again.
 
     Args:
-        weights: of the sizes; None: equal. iou_threshold, max_num: as :func:`~vis.evaluation.ensemble.fuse_files` has.
+        sizes, weights, iou_threshold, max_num: of the short side, and as :func:`~vis.evaluation.ensemble.fuse_files`
+            has them; None: what ``TEST.MULTI_SCALE`` says.
 
     Returns:
         For each data set the evaluation of the fused results, None where it has no annotations; empty in other
@@ -63,8 +64,16 @@ def multi_scale_test(
     Raises:
         ValueError: sizes or options make no sense; and what an evaluation raises.
     """
+    node = cfg.TEST.MULTI_SCALE
+    sizes = list(node.SIZES) if sizes is None else sizes
+    weights = list(node.WEIGHTS) or None if weights is None else weights
+    iou_threshold = float(node.IOU) if iou_threshold is None else iou_threshold
+    max_num = node.MAX_NUM or None if max_num is None else max_num
     if len(set(sizes)) < len(sizes) or min(sizes, default=0) < 1:
-        raise ValueError(f"the test sizes are {list(sizes)}; expected different positive numbers of pixels")
+        raise ValueError(
+            f"the test sizes are {list(sizes)}; expected different positive numbers of pixels (--sizes or "
+            "TEST.MULTI_SCALE.SIZES)"
+        )
     if cfg.INPUT.MIN_SIZE_TEST < 1:
         raise ValueError(
             f"INPUT.MIN_SIZE_TEST is {cfg.INPUT.MIN_SIZE_TEST}: set the size that MAX_SIZE_TEST is meant for"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vis.evaluation.ensemble import fuse_files
 from vis.evaluation.inference import VideoInferenceError, VideoInputError, inference_on_dataset
 from vis.evaluation.results_writer import PartWriter, ResultsWriteError, compose_results, iter_parts, write_json
 from vis.evaluation.video_evaluator import VideoEvaluator, build_evaluator
@@ -21,6 +22,7 @@ __all__ = [
     "build_evaluator",
     "compose_results",
     "evaluate_ytvis",
+    "fuse_files",
     "inference_on_dataset",
     "iter_parts",
     "write_json",

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.config import CfgNode
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from vis.config import declare
 from vis.evaluation.result_files import iter_results
 from vis.evaluation.results_writer import ResultsWriteError, atomic_file, explain
 from vis.evaluation.track_iou import pairwise_iou
@@ -41,6 +43,19 @@ from vis.structures import RLE
 from vis.structures.rle import compress, run_lengths
 
 logger = logging.getLogger(__name__)
+
+
+@declare
+def add_config(cfg: CfgNode) -> None:
+    # tools/multi_scale_test.py: short sides in pixels, whose results are fused. Options of the tool come first.
+    cfg.TEST.MULTI_SCALE = node = type(cfg)()
+    node.SIZES = []
+    # One weight for each size; []: equal.
+    node.WEIGHTS = []
+    # Tracks of two sizes are one from this spatio-temporal IoU on.
+    node.IOU = 0.5
+    # Tracks kept of a video, the best; 0: all.
+    node.MAX_NUM = 0
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ _SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h")
 # Keys without influence on results. Weights and device are compared by what they are, not by how they were named.
 _WITHOUT = {
     "MODEL": ("WEIGHTS", "WEIGHTS_ALLOW_MISSING", "DEVICE"),
-    "TEST": ("EVAL_PERIOD", "RESUME", "PREFETCH_FRAMES"),
+    "TEST": ("EVAL_PERIOD", "RESUME", "PREFETCH_FRAMES", "MULTI_SCALE"),
 }
 _INPUT = ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST")
 _SHOWN = 5  # changed keys that are named in the log

@@ -237,9 +237,7 @@ class VITA(VideoModel):
         logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
         embeds = torch.stack([layer["mask_embeds"] for layer in layers])
         features = frames.output["mask_features"]
-        return [
-            self.criterion.match(logits[:, i], embeds[:, i], features[i], target) for i, target in enumerate(targets)
-        ]
+        return self.criterion.matches(logits, embeds, features, targets)
 
     def detect(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (T, 3, H, W) of a video -> queries (T, F, C) and what mask embeddings multiply, (T, Cm, h, w)."""
