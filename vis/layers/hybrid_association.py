@@ -65,8 +65,8 @@ def _heads(x: Tensor, count: int) -> Tensor:
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, num_heads: int, allowed: Tensor | None = None) -> Tensor:
     """Attention of several heads without projections: (B, L, C), (B, M, C), (B, M, C) -> (B, L, C)."""
-    heads = (_heads(x, num_heads) for x in (query, keys, values))
-    return F.scaled_dot_product_attention(*heads, attn_mask=allowed).transpose(1, 2).flatten(2)
+    q, k, v = (_heads(x, num_heads) for x in (query, keys, values))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):

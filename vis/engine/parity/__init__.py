@@ -11,6 +11,8 @@ What a model offers:
 * ``model([sample])``: in evaluation mode a ``VideoPrediction``, from which ``scores``, ``labels`` and ``areas`` are
   taken; in training mode the weighted losses.
 
+Of IAI one ``.npz`` file holds all of it, with training steps and single modules: :mod:`vis.engine.parity.iai`.
+
 An array or a loss that cannot be compared is a failure. Nothing is skipped but what ``only`` leaves out on demand
 (``left_out`` names it): so a part such as the backbone can be compared with the recording of another model.
 """
@@ -24,11 +26,13 @@ from typing import Any
 from torch import nn
 
 from vis.config import CfgNode
+from vis.engine.parity import iai
 from vis.engine.parity.common import Check, chosen, read_npz
 from vis.engine.parity.losses import check_losses, read_losses
 from vis.engine.parity.outputs import array_names, check_outputs
-from vis.engine.parity.weights import check_state_dict, fill_weights, formula_weight, read_manifest
+from vis.engine.parity.weights import check_state_dict, fill_weights, formula_weight, in_our_names, read_manifest
 from vis.layers.linear import torch_products
+from vis.modeling.meta_arch import IAI
 
 __all__ = ["Check", "check_parity", "fill_weights", "formula_weight", "left_out", "parity_options", "read_manifest"]
 
@@ -44,6 +48,8 @@ def parity_options(config: CfgNode, losses: str | Path | None) -> list[Any]:
     options: list[Any] = ["MODEL.DEVICE", "cpu"]
     for key in _drop_keys(config.MODEL, "MODEL"):
         options += [key, 0.0]
+    if config.MODEL.META_ARCHITECTURE == "IAI":
+        options += iai.OPTIONS
     if losses is not None:
         options += ["INPUT.SAMPLING_FRAME_NUM", int(read_losses(losses)["frames"])]
     return options
@@ -76,14 +82,17 @@ def check_parity(
     """
     if only and losses is not None:
         raise ValueError("losses are those of the whole model: leave out --only, or --losses")
-    manifest = read_manifest(manifest_file)
+    manifest = in_our_names(model, read_manifest(manifest_file))
     checks = check_state_dict(model, manifest, only)
     if not all(check.ok for check in checks):
         return [*checks, Check("outputs and losses", False, "not compared: the state dicts differ")]
     fill_weights(model, manifest, only)
     if outputs is not None:
         with torch_products():  # the recorded arithmetic: areas are compared to the pixel
-            checks += check_outputs(model, outputs, only)
+            if isinstance(model, IAI):
+                checks += iai.replay(model, outputs, lambda: fill_weights(model, manifest), only)
+            else:
+                checks += check_outputs(model, outputs, only)
     if losses is not None:
         checks += check_losses(model, losses)
     return checks
@@ -93,7 +102,8 @@ def left_out(model: nn.Module, manifest_file: str | Path, outputs: str | Path | 
     """What ``only`` leaves uncompared, in words; nothing without it."""
     if not only:
         return []
-    keys = [name for name in read_manifest(manifest_file) if not chosen(name, only)]
+    manifest = in_our_names(model, read_manifest(manifest_file))
+    keys = [name for name in manifest if not chosen(name, only)]
     ours = [name for name in model.state_dict() if not chosen(name, only)]
     lines = [f"{len(keys)} keys of the release and {len(ours)} of the model"]
     if outputs is not None:

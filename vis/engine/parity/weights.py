@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vis.checkpoint import SOURCES
 from vis.engine.parity.common import Array, Check, chosen, existing
 
 
@@ -29,6 +30,25 @@ def read_manifest(path: str | Path) -> dict[str, dict[str, Any]]:
             f"{file} is not a manifest: entries need shape, dtype and fill, {wrong[:3] or 'none'} have not"
         )
     return manifest
+
+
+def in_our_names(model: nn.Module, manifest: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A manifest under the names of the model, for one whose names are not the release's.
+
+    Such a model says in ``RECORDING`` which source of weights has the release's names. An entry keeps the released name
+    as "released", which its value is computed from, and a single number has whichever shape the model gives it.
+    """
+    source = getattr(model, "RECORDING", None)
+    if source is None:
+        return dict(manifest)
+    state, renamed = model.state_dict(), {}
+    for name, entry in manifest.items():
+        ours = SOURCES[source].ours(name) or name
+        shape = entry["shape"]
+        if ours in state and state[ours].numel() == 1 and int(np.prod(shape)) == 1:
+            shape = list(state[ours].shape)
+        renamed[ours] = {**entry, "shape": shape, "released": name}
+    return renamed
 
 
 def formula_weight(name: str, shape: Sequence[int], mean: float, std: float) -> Array:
@@ -105,7 +125,8 @@ def fill_weights(model: nn.Module, manifest: Mapping[str, Mapping[str, Any]], on
         for name, entry in manifest.items():
             if name not in wanted or entry["fill"] is None or entry.get("shared_with") is not None:
                 continue
-            state[name].copy_(torch.from_numpy(formula_weight(name, entry["shape"], *entry["fill"])))
+            value = formula_weight(entry.get("released", name), entry["shape"], *entry["fill"])
+            state[name].copy_(torch.from_numpy(value))
 
 
 def _dtype(tensor: Tensor) -> str:

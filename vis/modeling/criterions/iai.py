@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch import Tensor
-
-from vis.modeling.segmenter.frames import pad_masks
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ def identity_maps(
     maps = []
     for t, of_frame in enumerate(instances):
         rows = identities.visible[t].nonzero()[:, 0]
-        masks = pad_masks(of_frame.gt_masks.tensor[rows], padded)
+        masks = _padded(of_frame.gt_masks.tensor[rows], padded)
         maps.append(paint(masks, identities.channels[rows], num_ids))
     return torch.stack(maps)
 
@@ -108,6 +107,11 @@ def frame_targets(
     targets = Instances((int(height), int(width)))
     targets.gt_boxes = Boxes(instances.gt_boxes.tensor[rows].to(device))
     targets.gt_classes = instances.gt_classes[rows].to(device)
-    targets.gt_masks = BitMasks(pad_masks(instances.gt_masks.tensor[rows], padded).to(device))
+    targets.gt_masks = BitMasks(_padded(instances.gt_masks.tensor[rows], padded).to(device))
     targets.gt_head_ids = identities.head[frame, rows].to(device)
     return targets
+
+
+def _padded(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """(n, H, W) -> (n, *size), what is new is of no instance."""
+    return F.pad(masks, (0, size[1] - masks.shape[-1], 0, size[0] - masks.shape[-2]))

@@ -37,7 +37,7 @@ from vis.modeling.trackers.identity import (
     remember_boxes,
     visible_parts,
 )
-from vis.structures import RLE, ClipSample
+from vis.structures import ClipSample
 from vis.structures.rle import encode_masks
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def add_config(cfg: CfgNode) -> None:
     cfg.MODEL.IAI = node = type(cfg)()
     # Channels of the id head: objects, and as the last "new". An image has at most NUM_IDS - 1 objects.
     node.NUM_IDS = 20
-    # The two parts of the method (paper, Table 4). Without the head objects are linked by the IoU of boxes and the class.
+    # The two parts of the method (paper, Table 4). Without the head, IoU of boxes and class link the objects.
     node.ID_HEAD = True
     node.ASSOCIATION = True
     # The association module.
@@ -228,7 +228,7 @@ class IAI(GrowingModel):
         }
 
     def set_iteration(self, iteration: int) -> None:
-        """Called by the trainer before each step: what the step draws depends on the iteration and the process alone."""
+        """Called by the trainer before each step: its draws depend on the iteration and the process alone."""
         if self.generator is not None:
             self.generator.manual_seed((self.seed * 1_000_003 + iteration) * 4096 + comm.get_rank())
 
@@ -238,6 +238,14 @@ class IAI(GrowingModel):
         Raises:
             ValueError: clips of different lengths, or a class that the head does not have.
         """
+        found = self.frame_losses(samples)
+        losses = {name: torch.stack([frame[name] for frame in found]).mean() for name in found[0]}
+        if "loss_id" in losses:
+            losses["loss_id"] = self.id_weight * losses["loss_id"]
+        return losses
+
+    def frame_losses(self, samples: Sequence[ClipSample]) -> list[dict[str, Tensor]]:
+        """Unweighted losses of each frame with ``MODEL.IAI.SEQUENTIAL``, else their means over the frames alone."""
         lengths = {len(sample["image"]) for sample in samples}
         if len(lengths) != 1:
             raise ValueError(f"clips of one batch must have one length (INPUT.SAMPLING_FRAME_NUM), found {lengths}")
@@ -257,11 +265,9 @@ class IAI(GrowingModel):
                 for sample, clip in zip(samples, clips, strict=True)
             ]
             labels = torch.stack(maps).to(self.device)
-        run = self._sequential if self.sequential else self._together
-        losses = run(features, targets, labels, clips, padded)
-        if "loss_id" in losses:
-            losses["loss_id"] = self.id_weight * losses["loss_id"]
-        return losses
+        if self.sequential:
+            return self._sequential(features, targets, labels, clips, padded)
+        return [self._together(features, targets, labels, clips, padded)]
 
     def _identities(self, sample: ClipSample) -> ClipIdentities:
         for frame in sample["instances"]:
@@ -295,12 +301,11 @@ class IAI(GrowingModel):
         labels: Tensor | None,
         clips: Sequence[ClipIdentities],
         padded: tuple[int, int],
-    ) -> dict[str, Tensor]:
+    ) -> list[dict[str, Tensor]]:
         """One frame of all clips after the other, as the release does."""
-        length = len(targets[0])
         memories = [AssociationMemory() for _ in clips]
-        totals: dict[str, Tensor] = {}
-        for t in range(length):
+        losses = []
+        for t in range(len(targets[0])):
             maps = {name: x[:, t] for name, x in features.items()}
             if self.association is not None and labels is not None:
                 read = [self.association.read(maps["res5"][b, None], memory) for b, memory in enumerate(memories)]
@@ -311,10 +316,9 @@ class IAI(GrowingModel):
                     )
                     for b, (_, current) in enumerate(read)
                 ]
-            found = self.image_model.losses(self.image_model.top_down(maps), [clip[t] for clip in targets], padded)
-            for name, loss in found.items():
-                totals[name] = totals.get(name, torch.zeros_like(loss)) + loss / length
-        return totals
+            pyramid = self.image_model.top_down(maps)
+            losses.append(self.image_model.losses(pyramid, [clip[t] for clip in targets], padded))
+        return losses
 
     def track(
         self, images: Tensor, sizes: FrameSizes, state: VideoState | None
@@ -325,7 +329,7 @@ class IAI(GrowingModel):
         frames = []
         for t in range(len(images)):
             result, state = self.step({name: x[t, None] for name, x in features.items()}, sizes, state)
-            frames.append(self._tracked(result, sizes))
+            frames.append(self.report(result, sizes))
         return frames, state
 
     def step(
@@ -368,13 +372,14 @@ class IAI(GrowingModel):
         identified, after = self.tracker.step(scores, state)
         return identified, remember_boxes(found.boxes, classes, identified.ids, after)
 
-    def _tracked(self, result: FrameResult, sizes: FrameSizes) -> TrackedFrame:
+    def report(self, result: FrameResult, sizes: FrameSizes) -> TrackedFrame:
         """Results of a frame. Of two detections with one id (released overflow) the later counts."""
         rows = {identity: row for row, identity in enumerate(result.identified.ids) if identity >= 0}
-        masks = original_masks(result.probs[result.kept], sizes)
-        coded = encode_visible(exclusive(masks), list(rows.values()))
+        taken = list(rows.values())
+        masks = exclusive(original_masks(result.probs[result.kept], sizes))[taken]
+        coded = encode_masks(masks.transpose(1, 2).cpu()) if taken else []
         hidden = [None if identity >= self.tracker.exported else rle for identity, rle in zip(rows, coded, strict=True)]
-        return TrackedFrame(list(rows), result.found.class_probs[result.kept][list(rows.values())], hidden)
+        return TrackedFrame(list(rows), result.found.class_probs[result.kept][taken], hidden)
 
 
 def original_masks(probs: Tensor, sizes: FrameSizes) -> Tensor:
@@ -390,18 +395,14 @@ def original_masks(probs: Tensor, sizes: FrameSizes) -> Tensor:
     return torch.cat(chunks) if len(probs) else inside.new_zeros(0, *sizes.output, dtype=torch.bool)
 
 
-def encode_visible(masks: Tensor, rows: list[int]) -> list[RLE | None]:
-    """RLEs of some of (n, H, W) bool masks, None for an empty one."""
-    return encode_masks(masks[rows].transpose(1, 2).cpu()) if rows else []
-
-
 def _warm_start(model: nn.Module, keys: Any) -> None:
     """After a detector of images was loaded: the new layers pass its features through.
 
     The projection of the features starts as the pyramid's layer for res5, which itself starts as the identity on these
     channels (and is zero on what the association gives).
     """
-    assert isinstance(model, IAI) and model.association is not None
+    assert isinstance(model, IAI)
+    assert model.association is not None
     missing = set(keys.missing_keys)
     lateral = model.image_model.backbone.fpn_lateral5
     ours = {f"association.{name}" for name, _ in model.association.named_parameters()}

@@ -7,8 +7,9 @@ a part of the backbone's last features, so that all heads of the image model see
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -195,7 +196,9 @@ class Association(nn.Module):
         outputs, looked = self._pass(x, size, pos, memory, nobody)
         return self._replacement(res5, x, outputs), CurrentFrame(looked, x, size)
 
-    def write(self, current: CurrentFrame, labels: Tensor, memory: AssociationMemory, *, new: bool) -> AssociationMemory:
+    def write(
+        self, current: CurrentFrame, labels: Tensor, memory: AssociationMemory, *, new: bool
+    ) -> AssociationMemory:
         """The memory after a frame.
 
         Args:
@@ -210,7 +213,7 @@ class Association(nn.Module):
         first = memory.before is None
         layers = tuple(
             Memory(seen.keys, layer.values(seen.normed, embeds))
-            for seen, layer in zip(looked, self.layers, strict=True)
+            for seen, (layer, _) in zip(looked, self._parts(), strict=True)
         )
         frame = StoredFrame(layers, kept=first or new)
         if first:
@@ -240,11 +243,11 @@ class Association(nn.Module):
         again = x[:, 0]
         used = stored[:, 1:].flatten(0, 1).any(dim=0).nonzero()[:, 0]
         allowed = stored[:, 1:, used]
-        for layer, norm in zip(self.layers, self.norms, strict=True):
+        for index, (layer, norm) in enumerate(self._parts()):
             x, normed, keys = (y.unflatten(0, (batch, length)) for y in layer.look(x.flatten(0, 1), pos))
             values = layer.values(normed, embeds)
             alone = Memory(keys[:, 0], layer.values(normed[:, 0], nobody))
-            if layer is self.layers[0]:
+            if index == 0:
                 again_x, again_keys, again_values = x[:, 0], keys[:, 0], values[:, 0]
             else:
                 again_x, again_normed, again_keys = layer.look(again, pos)
@@ -265,6 +268,11 @@ class Association(nn.Module):
         replaced = self._replacement(res5.flatten(0, 1), tokens.flatten(0, 1), outputs)
         return replaced.unflatten(0, (batch, length))
 
+    def _parts(self) -> Iterator[tuple[HybridAssociationLayer, nn.Module]]:
+        """Layers with the norms of their outputs."""
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            yield cast(HybridAssociationLayer, layer), norm
+
     def _tokens(self, res5: Tensor) -> tuple[Tensor, tuple[int, int], Tensor]:
         size = (int(res5.shape[-2]), int(res5.shape[-1]))
         x = self.enc_proj(res5).flatten(2).transpose(1, 2)
@@ -280,7 +288,7 @@ class Association(nn.Module):
     ) -> tuple[list[Tensor], tuple[Looked, ...]]:
         """All layers; with ``own`` identities (1, h*w, C) the frame reads itself, else the memory."""
         outputs, looked = [], []
-        for index, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+        for index, (layer, norm) in enumerate(self._parts()):
             seen = Looked(*layer.look(x, pos))
             if own is not None:
                 far = near = Memory(seen.keys, layer.values(seen.normed, own))

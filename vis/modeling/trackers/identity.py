@@ -27,12 +27,13 @@ class IdentityState:
     """Identities of one video so far.
 
     Attributes:
-        next_id: the next free identity. length: frames seen.
+        next_id: the next free identity. length: frames seen. left_out: new objects for which none was free.
         boxes: identity -> its last box (4,); labels: identity -> its last class. Kept for :func:`overlap_scores` only.
     """
 
     next_id: int = 0
     length: int = 0
+    left_out: int = 0
     boxes: dict[int, Tensor] = field(default_factory=dict)
     labels: dict[int, int] = field(default_factory=dict)
 
@@ -78,16 +79,16 @@ def exclusive(masks: Tensor) -> Tensor:
 class IdentityTracker:
     """Steps of the assignment; the two released habits are off unless asked for."""
 
-    def __init__(
-        self, *, num_ids: int, released_overflow: bool = False, released_unassigned: bool = False, head: bool = True
-    ) -> None:
+    def __init__(self, *, num_ids: int, released_overflow: bool = False, released_unassigned: bool = False) -> None:
         """Args:
         num_ids: N, at most 254.
         released_overflow: when identities run out, new objects overwrite one slot (N - 2), which is in no result.
             Otherwise they are dropped, and N - 1 objects have identities.
         released_unassigned: an id that nobody has yet counts as "new" where the head names it. Otherwise it is not
             offered.
-        head: the last of the scores given to :meth:`step` is that of "new".
+
+        Raises:
+            ValueError: a number of channels that cannot be.
         """
         if not 2 <= num_ids < NO_CHANNEL:
             raise ValueError(f"MODEL.IAI.NUM_IDS is {num_ids}, expected 2..{NO_CHANNEL - 1}: objects and 'new'")
@@ -122,9 +123,13 @@ class IdentityTracker:
             else:
                 ids.append(-1)
                 dropped += 1
-        if dropped:
-            logger.debug("frame %d: %d new objects beyond %d identities", state.length, dropped, self.num_ids - 1)
-        return Identified(ids, new, columns), replace(state, next_id=next_id, length=state.length + 1)
+        if dropped and not state.left_out:
+            logger.info(
+                "from frame %d on new objects are left out: the video has more than %d (MODEL.IAI.NUM_IDS)",
+                *(state.length, self.num_ids - 1),
+            )
+        after = replace(state, next_id=next_id, length=state.length + 1, left_out=state.left_out + dropped)
+        return Identified(ids, new, columns), after
 
     def _columns(self, scores: Tensor, next_id: int) -> list[int]:
         """The best assignment of detections to columns: 0..N-1 as scored, N scores zero, then more of "new"."""
@@ -155,9 +160,7 @@ def identity_map(visible: Tensor, ids: list[int], num_ids: int) -> Tensor:
     return labels
 
 
-def overlap_scores(
-    boxes: Tensor, classes: Tensor, state: IdentityState, *, num_ids: int, threshold: float
-) -> Tensor:
+def overlap_scores(boxes: Tensor, classes: Tensor, state: IdentityState, *, num_ids: int, threshold: float) -> Tensor:
     """Id scores without an id head: IoU with the last box of each object of the same class; "new" scores a constant.
 
     What the paper's rows without the head were tracked with is not known (its Table 4).
