@@ -7,7 +7,7 @@ import torch
 from detectron2.structures import BitMasks, Instances
 from torch import Tensor
 
-from vis.modeling.criterions.fcos import FCOSCriterion, assign_frame, centerness, id_probabilities, mass_centres
+from vis.modeling.criterions.fcos import FCOSCriterion, assign_locations, centerness, id_probabilities, mass_centres
 from vis.modeling.heads.fcos import FCOSOutputs, Locations, locations_of
 
 SIZES, STRIDES = ((11, 13), (6, 7)), (8, 16)
@@ -24,7 +24,7 @@ def chosen(boxes: list[list[float]], centres: list[list[float]] | None = None) -
     box = torch.tensor(boxes).view(-1, 4)
     middle = (box[:, :2] + box[:, 2:]) / 2 if centres is None else torch.tensor(centres)
     locations = grid()
-    found = assign_frame(locations, box, middle, RANGES).instances
+    found = assign_locations(locations, box[None], middle[None], RANGES)[0][0]
     return [
         [(int(locations.levels[i]), *map(int, locations.points[i])) for i in (found == row).nonzero()[:, 0].tolist()]
         for row in range(len(boxes))
@@ -86,10 +86,11 @@ def test_the_smaller_box_wins_where_instances_overlap() -> None:
 
 
 def test_distances_and_centerness() -> None:
-    found = assign_frame(grid(), torch.tensor([[24.0, 30.0, 56.0, 58.0]]), torch.tensor([[40.0, 44.0]]), RANGES)
+    box, middle = torch.tensor([[[24.0, 30.0, 56.0, 58.0]]]), torch.tensor([[[40.0, 44.0]]])
+    found = assign_locations(grid(), box, middle, RANGES)[1][0]
     at = int((grid().points[:143] == torch.tensor([36.0, 44.0])).all(dim=1).nonzero())
-    assert found.boxes[at].tolist() == [12, 14, 20, 14]
-    assert centerness(found.boxes[at : at + 1]).item() == pytest.approx((12 / 20 * 14 / 14) ** 0.5)
+    assert found[at].tolist() == [12, 14, 20, 14]
+    assert centerness(found[at : at + 1]).item() == pytest.approx((12 / 20 * 14 / 14) ** 0.5)
 
 
 def test_centres_of_mass() -> None:
@@ -245,3 +246,32 @@ def test_wrong_words_are_refused() -> None:
         FCOSCriterion(num_classes=K, num_ids=IDS, id_loss="softmax")
     with pytest.raises(ValueError, match="MAX_POSITIVES is -1"):
         FCOSCriterion(num_classes=K, max_positives=-1)
+
+
+def test_normalisers_are_means_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process has no positive at all: sums here are divided by half of the own numbers."""
+    from detectron2.utils import comm
+
+    criterion = FCOSCriterion(num_classes=K, num_ids=IDS, strides=STRIDES, ranges=RANGES)
+    out, features = outputs(1), torch.randn(1, 8, 11, 13)
+    alone, found = criterion(out, features, FRAMES[:1])
+    assert len(found.frames) > 2
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values)
+    shared, _ = criterion(out, features, FRAMES[:1])
+    for name in ("loss_cls", "loss_id", "loss_centerness", "loss_bbox"):
+        torch.testing.assert_close(shared[name], 2 * alone[name])
+    assert shared["loss_mask"] == alone["loss_mask"]
+
+
+def test_half_precision() -> None:
+    criterion = FCOSCriterion(num_classes=K, num_ids=IDS, strides=STRIDES, ranges=RANGES)
+    out, features = outputs(4), torch.randn(4, 8, 11, 13)
+    wanted = criterion(out, features, FRAMES)[0]
+    half = FCOSOutputs(**{name: [x.bfloat16() for x in maps] for name, maps in vars(out).items()})
+    half.boxes = out.boxes
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = criterion(half, features.bfloat16(), FRAMES)[0]
+    for name, value in wanted.items():
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name], value, rtol=0.02, atol=0.02)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from vis.modeling.heads.condinst import dynamic_logits
 from vis.modeling.heads.fcos import FCOSOutputs, Locations, locations_of, rows
@@ -31,14 +31,6 @@ RANGES = (64.0, 128.0, 256.0, 512.0, 1e8)
 CENTER_RADIUS = 1.5
 #: Ground-truth masks are read at the centres of the cells of the predicted ones.
 MASK_STRIDE = 4
-
-
-class FrameAssignment(NamedTuple):
-    """Of the L locations of one frame: ``instances`` (L,) int64, -1 where there is none, ``boxes`` (L, 4) distances to
-    the left, top, right and bottom of its box."""
-
-    instances: Tensor
-    boxes: Tensor
 
 
 @dataclass
@@ -67,32 +59,32 @@ def mass_centres(masks: Tensor) -> Tensor:
     return torch.stack([x / mass, y / mass], dim=1)
 
 
-def assign_frame(
+def assign_locations(
     locations: Locations, boxes: Tensor, centres: Tensor, ranges: Sequence[float] = RANGES
-) -> FrameAssignment:
-    """The instance that each location answers for.
+) -> tuple[Tensor, Tensor]:
+    """The instance that each of L locations answers for, in N frames at once.
 
     A location does if it lies inside the instance's box and within 1.5 strides of its centre, and if the farthest side
-    of the box is in the range of its level; of several instances the one with the smallest box.
+    of the box is in the range of its level; of several instances for the one with the smallest box.
 
     Args:
-        boxes: (n, 4) x0, y0, x1, y1; centres: (n, 2); n may be 0.
+        boxes: (N, n, 4) x0, y0, x1, y1; one without an extent has no locations. centres: (N, n, 2). n is at least 1.
         ranges: upper ends, by level.
+
+    Returns:
+        (N, L) int64, -1 where there is none, and (N, L, 4) distances to the left, top, right and bottom of its box.
     """
-    count = len(locations.points)
-    if not len(boxes):
-        return FrameAssignment(boxes.new_full((count,), -1, dtype=torch.int64), boxes.new_zeros(count, 4))
-    low, high = (locations.points[:, None] - boxes[None, :, :2], boxes[None, :, 2:] - locations.points[:, None])
-    distances = torch.cat([low, high], dim=-1)  # (L, n, 4)
-    offset = (locations.points[:, None] - centres[None]).abs().amax(dim=-1)
+    points = locations.points[:, None]  # (L, 1, 2)
+    distances = torch.cat([points - boxes[:, None, :, :2], boxes[:, None, :, 2:] - points], dim=-1)  # (N, L, n, 4)
+    offset = (points - centres[:, None]).abs().amax(dim=-1)
     inside = (offset < CENTER_RADIUS * locations.strides[:, None]) & (distances.amin(dim=-1) > 0)
     ends = distances.new_tensor([-1.0, *ranges])
     farthest = distances.amax(dim=-1)
     fits = (farthest >= ends[locations.levels, None]) & (farthest <= ends[locations.levels + 1, None])
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    best, chosen = torch.where(inside & fits, areas[None], float("inf")).min(dim=1)
-    distances = distances[torch.arange(count, device=boxes.device), chosen]
-    return FrameAssignment(torch.where(best.isinf(), -1, chosen), distances)
+    areas = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    best, chosen = torch.where(inside & fits, areas[:, None], float("inf")).min(dim=2)
+    distances = distances.gather(2, chosen[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
+    return torch.where(best.isinf(), -1, chosen), distances
 
 
 def centerness(boxes: Tensor) -> Tensor:
@@ -135,24 +127,20 @@ class FCOSCriterion(nn.Module):
     @torch.no_grad()
     def assign(self, locations: Locations, targets: Sequence[Instances]) -> Assignment:
         """Targets of N frames, as :meth:`~vis.modeling.detectors.base.Detector.losses` takes them."""
-        frames, labels, ids = [], [], []
-        for target in targets:
-            boxes = target.gt_boxes.tensor.float()
-            frame = assign_frame(locations, boxes, mass_centres(target.gt_masks.tensor), self.ranges)
-            frames.append(frame)
-            labels.append(_values(frame.instances, target.gt_classes, self.num_classes))
-            if self.num_ids:
-                ids.append(_values(frame.instances, target.gt_head_ids, self.num_ids))
-        instances = torch.stack([frame.instances for frame in frames])
-        frame_of, location_of = (instances >= 0).nonzero(as_tuple=True)
-        boxes = torch.stack([frame.boxes for frame in frames])[frame_of, location_of]
+        counts = [len(target) for target in targets]
+        centres = mass_centres(torch.cat([target.gt_masks.tensor for target in targets])).split(counts)
+        instances, distances = assign_locations(
+            locations, _padded([target.gt_boxes.tensor.float() for target in targets]), _padded(centres), self.ranges
+        )
+        frames, places = (instances >= 0).nonzero(as_tuple=True)
+        classes = [target.gt_classes for target in targets]
         return Assignment(
-            frames=frame_of,
-            locations=location_of,
-            instances=instances[frame_of, location_of],
-            boxes=boxes,
-            labels=torch.stack(labels),
-            ids=torch.stack(ids) if ids else None,
+            frames=frames,
+            locations=places,
+            instances=instances[frames, places],
+            boxes=distances[frames, places],
+            labels=_values(instances, classes, self.num_classes),
+            ids=_values(instances, [x.gt_head_ids for x in targets], self.num_ids) if self.num_ids else None,
         )
 
     def forward(
@@ -278,9 +266,16 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values / comm.get_world_size()
 
 
-def _values(instances: Tensor, values: Tensor, background: int) -> Tensor:
-    """(L,) the value of each location's instance, or the background's."""
-    return torch.cat([values, values.new_full((1,), background)])[instances]  # -1 is the last
+def _padded(rows_of: Sequence[Tensor], value: float = 0.0) -> Tensor:
+    """N tensors (n_i, ...) -> (N, n, ...), n the largest but at least 1."""
+    padded = pad_sequence(list(rows_of), batch_first=True, padding_value=value)
+    return padded if padded.shape[1] else padded.new_full((len(padded), 1, *padded.shape[2:]), value)
+
+
+def _values(instances: Tensor, values: Sequence[Tensor], background: int) -> Tensor:
+    """(N, L) the value of each location's instance, or the background's."""
+    padded = F.pad(_padded(values, background), (0, 1), value=background)
+    return padded.gather(1, instances.where(instances >= 0, padded.shape[1] - 1))
 
 
 def _focal_sums(logits: Tensor, labels: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class MaskBranch(nn.Module):
 
 def _conv_norm_relu(in_channels: int, out_channels: int, norm: str) -> nn.Sequential:
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    return nn.Sequential(conv, get_norm(norm, out_channels), nn.ReLU())
+    return nn.Sequential(conv, get_norm(norm, out_channels), nn.ReLU(inplace=True))
 
 
 def dynamic_logits(features: Tensor, parameters: Tensor, frames: Tensor, points: Tensor, strides: Tensor) -> Tensor:

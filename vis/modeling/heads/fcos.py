@@ -154,5 +154,5 @@ def _tower(channels: int, depth: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(depth):
         conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        layers += [conv, nn.GroupNorm(_GROUPS, channels), nn.ReLU()]
+        layers += [conv, nn.GroupNorm(_GROUPS, channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
