@@ -160,6 +160,11 @@ def test_contrastive_loss_is_the_double_sum() -> None:
     pairs = [math.exp(float(anchor @ keys[n] - anchor @ keys[p])) for p in range(3) for n in range(5, 12)]
     contrastive, auxiliary = key_reference_losses(anchor, keys, positive, negative)
     assert float(contrastive) == pytest.approx(math.log(1 + sum(pairs)), rel=1e-5)
+    # and so is its gradient
+    leaf = anchor.clone().requires_grad_()
+    ours = torch.autograd.grad(key_reference_losses(leaf, keys, positive, negative)[0], leaf)[0]
+    sums = (1 + ((leaf @ keys[5:].T)[None] - (leaf @ keys[:3].T)[:, None]).exp().sum()).log()
+    torch.testing.assert_close(ours, torch.autograd.grad(sums, leaf)[0], rtol=1e-4, atol=1e-6)
     cosines = F.cosine_similarity(anchor[None], keys, dim=1).tolist()
     expected = [(c - 1) ** 2 for c in cosines[:3]] + [c**2 for c in cosines[5:]]
     assert float(auxiliary) == pytest.approx(sum(expected) / 10, rel=1e-5)

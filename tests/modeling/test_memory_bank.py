@@ -265,6 +265,8 @@ def test_lone_detection_goes_to_the_older_track() -> None:
     frames = [[(0, 0.9), (2, 0.8)]] * 20 + [[(0, 0.9), (2, 0.8), (1, 0.7)]] * 3 + [[(1, 0.9)]]
     assert follow(frames, scale=0.3)[-1] == [0]
     assert follow(frames, scale=0.3, frame_weight=False)[-1] == [2]
+    assert follow(frames, scale=0.3, min_cosine=0.3)[-1] == [2]
+    assert follow([*frames, [(4, 0.9)]], scale=0.3, min_cosine=0.3)[-1] == [3], "it resembles none of them"
     both = [(0, 0.9), (1, 0.8)]
     assert follow([both, both, [(1, 0.9)]], scale=0.3) == [[0, 1], [0, 1], [1]]
 
@@ -280,6 +282,21 @@ def test_template_weights() -> None:
     paper = MemoryBankTracker(association="paper")
     weights = np.array([1 + 3 / 3, 1 + 3 / 2, 1 + 3 / 1])
     np.testing.assert_allclose(paper._template(state.tracklets[0]).numpy(), weights / weights.sum(), rtol=1e-5)
+
+
+def test_answers_by_hand() -> None:
+    """Means of two softmaxes; as the paper states it, tracks of 2 and 5 frames take part with n + exp(product)."""
+    a, b, c, d = 0.7, -0.2, 1.1, 0.4
+    products, ages = torch.tensor([[a, b], [c, d]]), torch.tensor([2.0, 5.0])
+    exp = math.exp
+    columns = [exp(a) / (exp(a) + exp(c)), exp(b) / (exp(b) + exp(d))]
+    released = MemoryBankTracker()._answers(products, ages)
+    assert float(released[0, 0]) == pytest.approx((exp(a) / (exp(a) + exp(b)) + columns[0]) / 2, rel=1e-5)
+    assert float(released[0, 1]) == pytest.approx((exp(b) / (exp(a) + exp(b)) + columns[1]) / 2, rel=1e-5)
+    paper = MemoryBankTracker(association="paper")._answers(products, ages)
+    mass = exp(a) + 2 + exp(b) + 5
+    assert float(paper[0, 0]) == pytest.approx(((exp(a) + 2) / mass + columns[0]) / 2, rel=1e-5)
+    assert float(paper[0, 1]) == pytest.approx(((exp(b) + 5) / mass + columns[1]) / 2, rel=1e-5)
 
 
 def test_large_products_do_not_overflow() -> None:

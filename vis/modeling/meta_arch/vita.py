@@ -19,6 +19,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor
 
 from vis.config import declare
+from vis.layers.effective_batch import effective_mean
 from vis.modeling.criterions.set_criterion import MaskTargets, SetCriterion
 from vis.modeling.criterions.vita import VitaCriterion
 from vis.modeling.heads.build import Heads, build_heads, mask_former_targets
@@ -225,7 +226,7 @@ class VITA(VideoModel):
             losses, matches = self.criterion.losses_and_matches(frames.output, frame_targets)
         if len(self.heads):
             pairs, masks = [layers[-1] for layers in matches], [target.masks for target in frame_targets]
-            (count,) = self.criterion.mean_counts([sum(len(queries) for queries, _ in pairs)], self.device)
+            count = effective_mean("heads.masks", sum(len(queries) for queries, _ in pairs), self.device)
             losses |= self.heads.losses(frames.output, mask_former_targets(frames.output, pairs, masks, sizes, count))
         video = self.vita_module(frames.frame_queries.unflatten(1, shape))
         features = self.vita_module.mask_features(frames.finest).unflatten(0, shape)
