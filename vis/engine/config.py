@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 BASE_KEY = "_BASE_"
 # Packages whose import declares the keys of their parts.
 _PARTS = ("vis.data", "vis.modeling", "vis.solver", "vis.evaluation", "vis.checkpoint", "vis.visualization")
-_ENGINE_PARTS = ("vis.engine.nonfinite",)
+_ENGINE_PARTS = ("vis.engine.nonfinite", "vis.engine.ema", "vis.engine.best_checkpoint")
 
 Tree = dict[str, Any]
 

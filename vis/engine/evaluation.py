@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from vis.checkpoint import load_weights
 from vis.config import CfgNode
 from vis.data.loaders import build_test_loader
+from vis.engine.ema import load_for_evaluation
 from vis.engine.state import last_checkpoint
 from vis.evaluation import build_evaluator, inference_on_dataset
 from vis.modeling import build_model
@@ -58,7 +58,7 @@ def evaluate_only(cfg: CfgNode, *, resume: bool = False) -> OrderedDict[str, Any
             "nothing to evaluate: set MODEL.WEIGHTS to a file, or use --resume with the OUTPUT_DIR of a training"
         )
     model = build_model(cfg)
-    load_weights(model, weights, training=False)
+    load_for_evaluation(cfg, model, weights)
     model.eval()
     return evaluate(cfg, model)
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,10 @@ from vis.checkpoint import build_class_map, load_weights, read_checkpoint, remov
 from vis.config import CfgNode
 from vis.data.layout import batch_layout, log_layout
 from vis.data.loaders import build_train_loader
+from vis.engine.best_checkpoint import build_best_checkpoint
 from vis.engine.data_parallel import data_parallel, synchronized_norms
+from vis.engine.ema import PART as EMA_PART
+from vis.engine.ema import build_average
 from vis.engine.evaluation import check_test_set, evaluate, evaluate_only
 from vis.engine.hooks import CheckpointHook, EvaluationHook, MetricPrinter
 from vis.engine.nonfinite import build_sentinel
@@ -102,8 +106,14 @@ class Trainer(TrainerBase):
         self.sentinel = self.step.sentinel = build_sentinel(cfg, self.step)
         # What else belongs into checkpoints, by name. A part that is not in the checkpoint that is resumed starts anew.
         self.stateful: dict[str, Stateful] = {"nonfinite": self.sentinel}
+        self.average = build_average(cfg, self.module)
+        if self.average is not None:
+            self.stateful[EMA_PART] = self.average
         # Called after every evaluation in every process, with the results (empty outside the main process).
         self.after_evaluation: list[Callable[[OrderedDict[str, Any]], None]] = []
+        self.best = build_best_checkpoint(cfg, self.module)
+        if self.best is not None:
+            self.after_evaluation.append(self.best)
         self.results: OrderedDict[str, Any] = OrderedDict()
         self.stop_reason = ""
         self._resumed_random: list[dict[str, Any]] | None = None
@@ -182,6 +192,8 @@ class Trainer(TrainerBase):
             "DATALOADER.NUM_WORKERS",
             "TEST.",
             "SOLVER.CHECKPOINT_",
+            "SOLVER.BEST_CHECKPOINT.",
+            "SOLVER.NONFINITE.",
             "DATASETS.TEST",
         )
         for change in changes:
@@ -216,13 +228,13 @@ class Trainer(TrainerBase):
             try:
                 self.before_train()
                 for iteration in range(self.start_iter, self.max_iter):
+                    if self.stop_reason:
+                        logger.info("Training ends after %d iterations: %s", iteration, self.stop_reason)
+                        break
                     self.iter = iteration
                     self.before_step()
                     self.run_step()
                     self.after_step()
-                    if self.stop_reason:
-                        logger.info("Training ends after iteration %d: %s", iteration, self.stop_reason)
-                        break
                 else:
                     self.iter = self.max_iter
                 self._loader = iter(())  # ends the workers before the last evaluation
@@ -268,10 +280,13 @@ class Trainer(TrainerBase):
             self.sentinel,
             d2_hooks.IterationTimer(),
             d2_hooks.LRScheduler(self.optimizer, self.scheduler),
+            *([] if self.average is None else [self.average]),
             checkpoints,
         ]
         if self.cfg.DATASETS.TEST:
-            hooks.append(EvaluationHook(period=self.cfg.TEST.EVAL_PERIOD, evaluate=self._evaluate))
+            hooks.append(EvaluationHook(period=self.cfg.TEST.EVAL_PERIOD, evaluate=self.evaluate_now))
+        if self.best is not None:
+            hooks.append(self.best)
         if comm.is_main_process():
             hooks.append(d2_hooks.PeriodicWriter(self._writers(), period=LOG_PERIOD))
         return hooks
@@ -285,10 +300,13 @@ class Trainer(TrainerBase):
             writers.append(TensorboardXWriter(str(self.folder), purge_step=self.start_iter or None))
         return writers
 
-    def _evaluate(self) -> OrderedDict[str, Any]:
-        self.results = evaluate(self.cfg, self.module)
-        for call in self.after_evaluation:
-            call(self.results)
+    def evaluate_now(self) -> OrderedDict[str, Any]:
+        """Evaluate the weights, or their average (``SOLVER.EMA``), and tell ``after_evaluation``."""
+        average = self.average if self.cfg.SOLVER.EMA.EVALUATE else None
+        with nullcontext() if average is None else average.applied():
+            self.results = evaluate(self.cfg, self.module)
+            for call in self.after_evaluation:
+                call(self.results)
         return self.results
 
     def run_step(self) -> None:
