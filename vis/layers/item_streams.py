@@ -35,6 +35,7 @@ class _Part:
     first: int
     clips: int
     states: dict[tuple[int, int], State] = field(default_factory=dict)
+    inside: bool = False
 
 
 _current: ContextVar[_Part | None] = ContextVar("item_streams", default=None)
@@ -61,11 +62,13 @@ def part_streams(*, seed: int, iteration: int, first: int, clips: int) -> Iterat
 def of_item(item: int, items: int) -> Iterator[None]:
     """Inside, torch's generators are at the stream of one of this part's items; it goes on where it was left.
 
+    An item of an item (a frame of a clip that was switched to) draws from the stream of the outer one.
+
     Args:
         item: which; ``items``: how many the part has, the same number for every clip (1, or the frames of a clip).
     """
     part = _current.get()
-    if part is None:
+    if part is None or part.inside:
         yield
         return
     each = max(items // part.clips, 1)
@@ -75,9 +78,11 @@ def of_item(item: int, items: int) -> Iterator[None]:
         _set_state(part.states[key])
     else:
         _seed_torch(_number(part.seed, _ITEM_STREAM, part.iteration, *key))
+    part.inside = True
     try:
         yield
     finally:
+        part.inside = False
         part.states[key] = _state()
         _set_state(outside)
 

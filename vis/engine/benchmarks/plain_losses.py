@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vis.engine.benchmarks.plain import DensePrediction
+from vis.layers.effective_batch import effective_mean
 from vis.layers.points import sample_points
 from vis.modeling.criterions.mask_criterion import MaskCriterion, MaskTargets, attached_zero
 from vis.modeling.criterions.set_criterion import SetCriterion
@@ -88,7 +89,7 @@ class PlainSetCriterion(SetCriterion):
         layers = [*outputs["aux_outputs"], outputs]
         sizes = [min(len(target.labels), outputs["pred_logits"].shape[1]) for target in targets]
         points = draw_points(self, [len(layers) * size for size in sizes], outputs["pred_logits"].device)
-        (num_masks,) = self.mean_counts([sum(len(target.labels) for target in targets)], points[0].fresh.device)
+        num_masks = effective_mean("masks", sum(len(target.labels) for target in targets), points[0].fresh.device)
         ce, mask, dice, matches = [], [], [], []
         for i, layer in enumerate(layers):
             masks = cast(DensePrediction, layer)["pred_masks"]

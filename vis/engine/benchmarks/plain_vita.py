@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vis.engine.benchmarks.plain_losses import Points, draw_points, match_dense, sample_dense
 from vis.layers.attention import SelfAttentionLayer
+from vis.layers.effective_batch import effective_mean
 from vis.layers.points import sample_points
 from vis.modeling.criterions.mask_criterion import attached_zero
 from vis.modeling.criterions.vita import VitaCriterion
@@ -76,7 +77,8 @@ class PlainVitaCriterion(VitaCriterion):
         masks = [torch.einsum("lbqc,btchw->lbqthw", embeds, features) for embeds in video.mask_embeds]
         rows = [depth * copies * min(len(target.labels), queries) * features.shape[1] for target in targets]
         points = draw_points(self, rows, features.device)
-        (num_masks,) = self.mean_counts([copies * sum(len(target.labels) for target in targets)], features.device)
+        count = copies * sum(len(target.labels) for target in targets)
+        num_masks = effective_mean("vita.masks", count, features.device)
         ce, mask, dice = [], [], []
         matches: list[list[Pairs]] = []  # of the layer at hand, copy -> clip -> pairs
         for d in range(depth):

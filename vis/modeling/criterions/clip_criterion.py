@@ -4,7 +4,8 @@ Both give one query to an instance for the whole clip. In the first half of a tr
 before says which query that is, since the new stage's own predictions mean nothing yet; afterwards its own do.
 
 Losses are those of each video of the batch alone, averaged over the videos of the process. The number of masks of a
-video that mask losses are divided by is, in a training with several processes, the mean over the processes.
+video that mask losses are divided by is the mean over the parts of a batch (the processes, where gradients are not
+accumulated); under ``SOLVER.NORMALIZER "effective_batch"`` that over all videos of the batch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from vis.config import declare
+from vis.layers.effective_batch import effective_mean_of_items
+from vis.layers.item_streams import of_item
 from vis.modeling.criterions.clip_matching import match_by_first_appearance, match_stacked
 from vis.modeling.criterions.mask_criterion import MaskCriterion, MaskTargets, attached_zero
 from vis.modeling.losses.contrastive import adjacent_frames_loss, whole_track_loss
@@ -109,13 +112,12 @@ class TrackerCriterion(ClipCriterion):
         """
         targets = self._targets(targets)
         counts = [target.masks.shape[0] * target.masks.shape[1] for target in targets]
-        num_masks = self.mean_counts(counts, tracker.pred_logits.device)
-        return _mean(
-            [
-                self._video(tracker, segmenter, b, target, count, guided)
-                for b, (target, count) in enumerate(zip(targets, num_masks, strict=True))
-            ]
-        )
+        num_masks = effective_mean_of_items("clip.masks", counts, tracker.pred_logits.device)
+        videos = []
+        for b, (target, count) in enumerate(zip(targets, num_masks, strict=True)):
+            with of_item(b, len(targets)):
+                videos.append(self._video(tracker, segmenter, b, target, count, guided))
+        return _mean(videos)
 
     def _video(
         self, tracker: TrackerOutput, segmenter: SegmenterClip, b: int, target: ClipTargets, count: Tensor, guided: bool
@@ -193,13 +195,13 @@ class RefinerCriterion(ClipCriterion):
             guided: the tracker's masks, and its classes averaged over time, choose the queries.
         """
         targets = self._targets(targets)
-        num_masks = self.mean_counts([len(target.labels) for target in targets], refiner.pred_logits.device)
-        return _mean(
-            [
-                self._video(refiner, tracker, b, target, count, guided)
-                for b, (target, count) in enumerate(zip(targets, num_masks, strict=True))
-            ]
-        )
+        counts = [len(target.labels) for target in targets]
+        num_masks = effective_mean_of_items("clip.masks", counts, refiner.pred_logits.device)
+        videos = []
+        for b, (target, count) in enumerate(zip(targets, num_masks, strict=True)):
+            with of_item(b, len(targets)):
+                videos.append(self._video(refiner, tracker, b, target, count, guided))
+        return _mean(videos)
 
     def _video(
         self, refiner: RefinerOutput, tracker: TrackerOutput, b: int, target: ClipTargets, count: Tensor, guided: bool

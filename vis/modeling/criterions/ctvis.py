@@ -17,6 +17,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from vis.config import declare
+from vis.layers.item_streams import of_item
 from vis.modeling.criterions.mask_criterion import MaskTargets
 from vis.modeling.criterions.set_criterion import SetCriterion
 from vis.modeling.losses.contrastive import contrastive_loss, cosine_loss
@@ -87,7 +88,8 @@ class CTVISCriterion(SetCriterion):
         for b, target in enumerate(targets):
             pairs = [layers[-1] for layers in matches[b * num_frames : (b + 1) * num_frames]]
             visible = target.ids.cpu() != -1  # (N, T)
-            clips.append(self._reid(embeds[b], matched_queries(pairs, len(target.labels)), visible))
+            with of_item(b, len(targets)):
+                clips.append(self._reid(embeds[b], matched_queries(pairs, len(target.labels)), visible))
             for t, (queries, instances) in enumerate(pairs):
                 shown = visible[instances, t]
                 seen.append((queries[shown], instances[shown]))

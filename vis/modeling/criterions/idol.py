@@ -1,7 +1,8 @@
 """Losses of IDOL (Wu et al., ECCV 2022, section 3): detection and masks on the key frame, contrast with the reference.
 
 Queries are assigned by SimOTA at every decoder layer anew. Sums are divided by the number of queries that this process
-assigned, not by a number of instances or of all processes, as in the released code.
+(this part of a batch) assigned, not by a number of instances or of all processes, as in the released code; under
+``SOLVER.NORMALIZER "effective_batch"`` by its mean over the parts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
+from vis.layers.effective_batch import effective_mean
+from vis.layers.item_streams import of_item
 from vis.modeling.criterions.mask_criterion import attached_zero
 from vis.modeling.heads.contrastive import key_reference_losses
 from vis.modeling.heads.deformable_detr import Detections, InstanceDETR
@@ -122,8 +125,10 @@ class IDOLCriterion(nn.Module):
         for layer, assigned in zip(trained, zip(*of_images, strict=True), strict=True):
             matches = list(assigned)
             suffix = "" if layer == last else f"_{layer}"
-            detection = self._detection_losses(logits[layer], boxes[layer], keys, matches)
-            masks = self._mask_losses(detr, found, layer, features, keys, matches)
+            assigned_queries = sum(len(match.queries) for match in matches)
+            count = effective_mean(f"idol.assigned{suffix}", assigned_queries, features.device, of_part=True)
+            detection = self._detection_losses(logits[layer], boxes[layer], keys, matches, count)
+            masks = self._mask_losses(detr, found, layer, features, keys, matches, count)
             losses |= {f"{name}{suffix}": value for name, value in (detection | masks).items()}
         contrastive, auxiliary = self._reid_losses(detr, found, references, matches)
         losses["loss_reid"] = self.weights.reid * contrastive
@@ -141,10 +146,14 @@ class IDOLCriterion(nn.Module):
         ]
 
     def _detection_losses(
-        self, logits: Tensor, boxes: Tensor, targets: Sequence[FrameTargets], matches: Sequence[Assignment]
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        targets: Sequence[FrameTargets],
+        matches: Sequence[Assignment],
+        count: Tensor,
     ) -> dict[str, Tensor]:
-        """Class and box losses of one layer: logits (B, Q, K), boxes (B, Q, 4)."""
-        count = max(sum(len(match.queries) for match in matches), 1)
+        """Class and box losses of one layer: logits (B, Q, K), boxes (B, Q, 4); sums are divided by ``count``."""
         wanted = torch.zeros_like(logits)
         for row, target, (queries, instances, _) in zip(wanted, targets, matches, strict=True):
             row[queries.to(row.device), target.labels[instances.to(row.device)]] = 1.0
@@ -164,10 +173,10 @@ class IDOLCriterion(nn.Module):
         features: Tensor,
         targets: Sequence[FrameTargets],
         matches: Sequence[Assignment],
+        count: Tensor,
     ) -> dict[str, Tensor]:
         """Focal and dice loss of one layer's masks, decoded for assigned queries alone; features (B, 8, h, w)."""
         decoded = found.layers[layer]
-        count = max(sum(len(match.queries) for match in matches), 1)
         focal, dice = features.new_zeros(()), features.new_zeros(())
         for b, (target, match) in enumerate(zip(targets, matches, strict=True)):
             queries, points = decoded.queries[2 * b, match.queries], decoded.points[2 * b, match.queries]
@@ -201,8 +210,10 @@ class IDOLCriterion(nn.Module):
                 best = int(match.best[instance])
                 if best >= 0:
                     masks = [_rows(side, row, len(cost)).to(embeds.device) for side in (positive, cover)]
-                    items.append(key_reference_losses(embeds[2 * b, best], embeds[2 * b + 1], masks[0], ~masks[1]))
-        return torch.stack(items).mean(dim=0) if items else attached_zero(embeds).expand(2)
+                    with of_item(b, len(references)):
+                        items.append(key_reference_losses(embeds[2 * b, best], embeds[2 * b + 1], masks[0], ~masks[1]))
+        count = effective_mean("idol.pairs", len(items), embeds.device, of_part=True)
+        return torch.stack(items).sum(dim=0) / count if items else attached_zero(embeds).expand(2)
 
 
 def _rows(assignment: Assignment, instance: int, num_queries: int) -> Tensor:

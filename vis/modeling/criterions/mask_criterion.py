@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.utils import comm
 from torch import Tensor, nn
 
+from vis.layers.effective_batch import effective_mean
+from vis.layers.item_streams import of_item
 from vis.layers.points import sample_points, uncertain_points
 from vis.modeling.losses.masks import dice_loss, sigmoid_ce_loss
 from vis.modeling.matchers.hungarian import HungarianMatcher, Pairs
@@ -87,22 +88,16 @@ class MaskCriterion(nn.Module):
             losses[f"loss_dice{suffix}"] = self.dice_weight * dice[i]
         return losses
 
-    @staticmethod
-    def mean_counts(counts: Sequence[float], device: torch.device) -> Tensor:
-        """Each count on average over the ranks, at least 1."""
-        mean = torch.tensor([float(count) for count in counts], device=device)
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(mean)
-        return (mean / comm.get_world_size()).clamp(min=1)
-
     def class_losses(
-        self, logits: Tensor, labels: Sequence[Tensor], matches: Sequence[Sequence[Pairs]]
+        self, logits: Tensor, labels: Sequence[Tensor], matches: Sequence[Sequence[Pairs]], *, name: str = ""
     ) -> list[Tensor]:
         """Cross entropy of each layer, the mean over N images weighted by class; unmatched queries are no object.
 
         Args:
             logits: (layers, N, Q, K+1).
             labels: (n,) for each image; matches: image -> layer -> pairs.
+            name: of the sums of weights in :func:`~vis.layers.effective_batch.effective_mean`; "": the mean is over
+                these images and no others, however the batch is spread.
         """
         classes = torch.full(logits.shape[:3], self.num_classes, dtype=torch.int64)
         for i, (known, layers) in enumerate(zip(labels, matches, strict=True)):
@@ -110,10 +105,14 @@ class MaskCriterion(nn.Module):
             for layer, (queries, instances) in enumerate(layers):
                 classes[layer, i, queries] = known[instances]
         classes = classes.to(logits.device)
-        return [
-            F.cross_entropy(layer.flatten(0, 1).float(), wanted.flatten(), self.empty_weight)
+        sums = [
+            F.cross_entropy(layer.flatten(0, 1).float(), wanted.flatten(), self.empty_weight.float(), reduction="sum")
             for layer, wanted in zip(logits, classes, strict=True)
         ]
+        weights = self.empty_weight.float()[classes].flatten(1).sum(dim=1)  # (layers,)
+        if name:
+            weights = effective_mean(name, weights, of_part=True, minimum=1e-6)
+        return [total / weight for total, weight in zip(sums, weights.clamp(min=1e-6), strict=True)]
 
     def image_losses(
         self,
@@ -142,7 +141,8 @@ class MaskCriterion(nn.Module):
             n = queries.shape[1]
             embeds = mask_embeds[:, i].gather(1, queries[..., None].expand(-1, -1, mask_embeds.shape[-1])).flatten(0, 1)
             logits = (embeds @ features[i].flatten(1)).unflatten(1, features.shape[-2:])  # (layers*n, h, w)
-            predicted, wanted = self.sample_masks(logits, target.masks, instances.flatten(), self.num_points)
+            with of_item(i, len(targets)):
+                predicted, wanted = self.sample_masks(logits, target.masks, instances.flatten(), self.num_points)
             for layer in range(num_layers):
                 rows = slice(layer * n, (layer + 1) * n)
                 mask_sum[layer] = mask_sum[layer] + sigmoid_ce_loss(predicted[rows], wanted[rows], num_masks)

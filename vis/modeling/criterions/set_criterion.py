@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vis.layers.effective_batch import effective_mean
+from vis.layers.item_streams import of_item
 from vis.layers.points import sample_points
 from vis.modeling.criterions.mask_criterion import MaskCriterion, MaskTargets
 from vis.modeling.matchers.hungarian import Pairs
@@ -35,13 +37,21 @@ class SetCriterion(MaskCriterion):
         class_logits = torch.stack([layer["pred_logits"] for layer in layers]).float()  # (layers, N, Q, K+1)
         mask_embeds = torch.stack([layer["mask_embeds"] for layer in layers])  # (layers, N, Q, C)
         features = outputs["mask_features"]
-        matches = [
-            self.match(class_logits[:, i], mask_embeds[:, i], features[i], target) for i, target in enumerate(targets)
-        ]
-        (num_masks,) = self.mean_counts([sum(len(target.labels) for target in targets)], class_logits.device)
-        ce = self.class_losses(class_logits, [target.labels for target in targets], matches)
+        matches = self.matches(class_logits, mask_embeds, features, targets)
+        num_masks = effective_mean("masks", sum(len(target.labels) for target in targets), class_logits.device)
+        ce = self.class_losses(class_logits, [target.labels for target in targets], matches, name="classes")
         mask, dice = self.image_losses(mask_embeds, features, targets, matches, num_masks)
         return self.weighted(ce, mask, dice), matches
+
+    def matches(
+        self, class_logits: Tensor, mask_embeds: Tensor, features: Tensor, targets: Sequence[MaskTargets]
+    ) -> list[list[Pairs]]:
+        """What :meth:`match` gives for each of N images: (layers, N, Q, .), features (N, C, h, w)."""
+        found = []
+        for i, target in enumerate(targets):
+            with of_item(i, len(targets)):
+                found.append(self.match(class_logits[:, i], mask_embeds[:, i], features[i], target))
+        return found
 
     @torch.no_grad()
     def match(self, class_logits: Tensor, mask_embeds: Tensor, features: Tensor, target: MaskTargets) -> list[Pairs]:

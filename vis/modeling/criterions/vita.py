@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
+from vis.layers.effective_batch import effective_mean
+from vis.layers.item_streams import of_item
 from vis.layers.points import sample_points
 from vis.modeling.criterions.mask_criterion import MaskCriterion, attached_zero, stacked
 from vis.modeling.losses.masks import dice_loss, sigmoid_ce_loss
@@ -52,7 +54,7 @@ class VitaCriterion(MaskCriterion):
         """Weighted losses of B clips of T frames.
 
         Class loss is a mean over the B clips (and the L copies of a query), mask losses are sums over all instances
-        divided by their number on average over the processes, the similarity loss is a mean over pairs.
+        divided by their number on average over the parts of the batch, the similarity loss is a mean over pairs.
 
         Args:
             features: (B, T, Cm, h, w).
@@ -60,21 +62,25 @@ class VitaCriterion(MaskCriterion):
                 visible in the frame; the last L layers are those that the module was given.
         """
         depth, copies, clips = video.pred_logits.shape[:3]
-        matches = [self._match(video, features[b], b, target) for b, target in enumerate(targets)]
+        matches = []
+        for b, target in enumerate(targets):
+            with of_item(b, clips):
+                matches.append(self._match(video, features[b], b, target))
         # The L copies of B clips are L*B images of the class loss.
         ce = self.class_losses(
             video.pred_logits.flatten(1, 2),
             [target.labels for target in targets] * copies,
             [[matches[b][d * copies + c] for d in range(depth)] for c in range(copies) for b in range(clips)],
+            name="vita.classes",
         )
-        device = features.device
-        (num_masks,) = self.mean_counts([copies * sum(len(target.labels) for target in targets)], device)
-        terms = torch.stack(
-            [
-                self._mask_losses(video.mask_embeds[:, :, b], features[b], target, matches[b], num_masks)
-                for b, target in enumerate(targets)
-            ]
-        ).sum(dim=0)
+        count = copies * sum(len(target.labels) for target in targets)
+        num_masks = effective_mean("vita.masks", count, features.device)
+        of_clips = []
+        for b, target in enumerate(targets):
+            with of_item(b, clips):
+                embeds = video.mask_embeds[:, :, b]
+                of_clips.append(self._mask_losses(embeds, features[b], target, matches[b], num_masks))
+        terms = torch.stack(of_clips).sum(dim=0)
         named = self.weighted(ce, list(terms[0]), list(terms[1]))
         losses = {name.replace("loss_", "loss_vita_", 1): loss for name, loss in named.items()}
         losses["loss_vita_sim"] = self.sim_weight * self._similarity(video, targets, frame_matches, matches)
@@ -154,7 +160,7 @@ class VitaCriterion(MaskCriterion):
                 owner = torch.cat(owners).to(total.device)
                 total = total + _pairwise_ce(torch.cat(embeds), owner[:, None] == owner)
                 count += len(owner) ** 2
-        return total / (count + 1e-6)
+        return total / (effective_mean("vita.pairs", count, total.device, of_part=True, minimum=0.0) + 1e-6)
 
 
 def _pairwise_ce(embeds: Tensor, same: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
+from vis.layers.effective_batch import effective_mean
 from vis.modeling.criterions.ctvis import CTVISCriterion
 from vis.modeling.heads.build import Heads, build_heads, mask_former_targets
 from vis.modeling.inference import VideoModel
@@ -82,7 +83,7 @@ class CTVIS(VideoModel):
         targets, sizes = targets * streams, sizes * streams
         losses, pairs = self.criterion.clip_losses_and_matches(outputs, targets)
         if len(self.heads):
-            (num_masks,) = self.criterion.mean_counts([sum(len(queries) for queries, _ in pairs)], self.device)
+            num_masks = effective_mean("heads.masks", sum(len(queries) for queries, _ in pairs), self.device)
             masks = [mask for clip in targets for mask in clip.masks.unbind(1)]
             losses.update(self.heads.losses(outputs, mask_former_targets(outputs, pairs, masks, sizes, num_masks)))
         return losses

@@ -17,6 +17,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from vis.config import declare
+from vis.layers.effective_batch import effective_mean
 from vis.modeling.backbones import build_backbone
 from vis.modeling.criterions.idol import FrameTargets, IDOLCriterion
 from vis.modeling.heads.build import Heads, HeadTargets, build_heads
@@ -215,11 +216,12 @@ class IDOL(GrowingModel):
             rows = (last.queries[2 * pair, queries], last.points[2 * pair, queries])
             return self.detr.masks(features[pair], *rows, keys[pair].image_size)
 
+        assigned = sum(len(match.queries) for match in matches)
         targets = HeadTargets(
             pairs=[(match.queries, match.instances) for match in matches],
             masks=[key.masks for key in keys],
             image_sizes=[key.image_size for key in keys],
-            num_masks=max(sum(len(match.queries) for match in matches), 1),
+            num_masks=effective_mean("heads.masks", assigned, features.device, of_part=True),
             matched_logits=matched_logits,
         )
         return self.heads.losses({"pred_embeds": last.queries[::2], "mask_features": maps}, targets)

@@ -14,6 +14,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
+from vis.layers.effective_batch import effective_mean
 from vis.modeling.criterions.set_criterion import MaskTargets, SetCriterion
 from vis.modeling.heads.build import Heads, build_heads, mask_former_targets
 from vis.modeling.inference import VideoModel
@@ -79,7 +80,7 @@ class MinVIS(VideoModel):
         losses, matches = self.criterion.losses_and_matches(outputs, targets)
         if len(self.heads):
             pairs = [layers[-1] for layers in matches]
-            (num_masks,) = self.criterion.mean_counts([sum(len(queries) for queries, _ in pairs)], self.device)
+            num_masks = effective_mean("heads.masks", sum(len(queries) for queries, _ in pairs), self.device)
             of_frames = [target.masks for target in targets]
             losses.update(self.heads.losses(outputs, mask_former_targets(outputs, pairs, of_frames, sizes, num_masks)))
         return losses

@@ -6,12 +6,16 @@ all it learns is to let them pass. A frame's slots are therefore shuffled, avera
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vis.layers.item_streams import of_item
+
 MODES = ("none", "wa", "cc", "rs")
+_INDICES = ("order", "first", "partner")
 
 
 @dataclass
@@ -72,6 +76,13 @@ class StartNoise:
 
     def draw(self, order: Tensor, channels: int) -> Start:
         """The start of one frame: ``order`` (B, Q) is the heuristic match, ``channels`` the C of the queries."""
+        videos = []
+        for b in range(len(order)):
+            with of_item(b, len(order)):
+                videos.append(self._draw(order[b : b + 1], channels))
+        return videos[0] if len(videos) == 1 else _joined(videos)
+
+    def _draw(self, order: Tensor, channels: int) -> Start:
         noisy = (torch.rand(len(order), 1) < self.ratio) & (self.mode != "none")  # (B, 1)
         if not noisy.any():
             return Start(order, order, order)
@@ -99,3 +110,14 @@ class StartNoise:
             return weight[..., None], weight >= 0.5
         cut = torch.randint(channels, shape)
         return (torch.arange(channels) < cut[..., None]).float(), cut >= channels / 2
+
+
+def _joined(videos: Sequence[Start]) -> Start:
+    """The starts of several videos, (1, Q) each, as those of one batch."""
+    shares = [video.share for video in videos]
+    given = [share for share in shares if share is not None]
+    share = None
+    if given:
+        share = torch.cat([torch.ones_like(given[0]) if one is None else one for one in shares])
+    order, first, partner = (torch.cat([getattr(video, name) for video in videos]) for name in _INDICES)
+    return Start(order, first, partner, share)
