@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Instances
-from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from vis.layers.effective_batch import effective_mean
 from vis.modeling.heads.condinst import dynamic_logits
 from vis.modeling.heads.fcos import FCOSOutputs, Locations, locations_of, rows
 from vis.modeling.losses.boxes import overlaps
@@ -154,8 +154,8 @@ class FCOSCriterion(nn.Module):
 
         Args:
             features: (N, 8, h, w) of the mask branch.
-            targets, groups: see :meth:`~vis.modeling.detectors.base.Detector.losses`. With several processes each has
-                the same number of groups.
+            targets, groups: see :meth:`~vis.modeling.detectors.base.Detector.losses`. All parts of a batch (processes,
+                steps) have as many groups. ``loss_mask`` is normalised by the positives of a part, as released.
         """
         locations = locations_of(outputs.logits, self.strides)
         found = self.assign(locations, targets)
@@ -163,21 +163,27 @@ class FCOSCriterion(nn.Module):
         numbers, group_of = groups.cpu().unique(return_inverse=True)
         sums = _GroupSums(group_of.to(features.device), len(numbers))
         wanted = centerness(found.boxes)
-        local = sums.of_positives(torch.ones_like(wanted), found.frames)
-        positives, weights = mean_over_ranks(torch.stack([local, sums.of_positives(wanted, found.frames)]))
-        positives = positives.clamp(min=1)
+        # On average over the parts of the batch; calls for groups of other numbers in one pass do not mix.
+        part = int(numbers[0])
+        count = sums.of_positives(torch.ones_like(wanted), found.frames)
+        positives = effective_mean(f"fcos.positives.{part}", count)
+        weight = sums.of_positives(wanted, found.frames)
+        weights = effective_mean(f"fcos.centerness.{part}", weight, minimum=1e-6)
         # In float32: sums over thousands of locations, and boxes in pixels.
         with torch.autocast(device_type=features.device.type, enabled=False):
             losses = {"loss_cls": (sums.of_frames(self._class_losses(outputs, found)) / positives).mean()}
             boxes = rows(outputs.boxes)[found.frames, found.locations].float()
             missed = wanted * (1 - overlaps(_corners(boxes), _corners(found.boxes))[1])
-            losses["loss_bbox"] = (sums.of_positives(missed, found.frames) / weights.clamp(min=1e-6)).mean()
+            losses["loss_bbox"] = (sums.of_positives(missed, found.frames) / weights).mean()
             logits = rows(outputs.centerness)[found.frames, found.locations, 0].float()
             entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
             losses["loss_centerness"] = (sums.of_positives(entropy, found.frames) / positives).mean()
             if found.ids is not None:
                 losses["loss_id"] = (sums.of_frames(self._id_losses(outputs, found.ids)) / positives).mean()
-        losses["loss_mask"] = self._mask_loss(outputs, features, locations, targets, found, sums)
+        dice, frames = self._mask_losses(outputs, features, locations, targets, found)
+        trained = sums.of_positives(torch.ones_like(dice), frames)
+        masks = effective_mean(f"fcos.masks.{part}", trained, of_part=True)
+        losses["loss_mask"] = (sums.of_positives(dice, frames) / masks).mean()
         return losses, found
 
     def _class_losses(self, outputs: FCOSOutputs, found: Assignment) -> Tensor:
@@ -192,16 +198,15 @@ class FCOSCriterion(nn.Module):
         with_background = F.pad(logits, (0, 1))  # (N, L, I+1)
         return F.cross_entropy(with_background.transpose(1, 2), ids, reduction="none").sum(dim=1)
 
-    def _mask_loss(
+    def _mask_losses(
         self,
         outputs: FCOSOutputs,
         features: Tensor,
         locations: Locations,
         targets: Sequence[Instances],
         found: Assignment,
-        sums: _GroupSums,
-    ) -> Tensor:
-        """Mean over the groups of the mean dice loss of a group's positives; not shared between processes."""
+    ) -> tuple[Tensor, Tensor]:
+        """(m,) dice losses of positives, and the frames (m,) that they are of."""
         frames, places, instances = found.frames, found.locations, found.instances
         if self.max_positives:
             kept = self._capped(outputs, found)
@@ -213,9 +218,7 @@ class FCOSCriterion(nn.Module):
         true = true.flatten(1).to(probabilities.dtype)
         overlap = 2 * (probabilities * true).sum(dim=1)
         total = probabilities.square().sum(dim=1) + true.sum(dim=1)  # the square of 0 or 1 is itself
-        dice = 1 - overlap / (total + 1e-5)
-        count = sums.of_positives(torch.ones_like(dice), frames).clamp(min=1)
-        return (sums.of_positives(dice, frames) / count).mean()
+        return 1 - overlap / (total + 1e-5), frames
 
     @torch.no_grad()
     def _capped(self, outputs: FCOSOutputs, found: Assignment) -> Tensor:
@@ -255,15 +258,6 @@ class _GroupSums:
 def id_probabilities(logits: Tensor, id_loss: str) -> Tensor:
     """(..., I) logits of a head that was trained with this loss -> (..., I) probabilities."""
     return logits.sigmoid() if id_loss == "focal" else F.pad(logits, (0, 1)).softmax(dim=-1)[..., :-1]
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean over all processes."""
-    if comm.get_world_size() == 1:
-        return values
-    values = values.clone()
-    torch.distributed.all_reduce(values)
-    return values / comm.get_world_size()
 
 
 def _padded(rows_of: Sequence[Tensor], value: float = 0.0) -> Tensor:

@@ -130,7 +130,8 @@ class Detector(nn.Module):
                 an id head, ``gt_head_ids`` (n,) int64, the id that the head is to name. Absent instances are left out.
             padded_size: (H, W).
             groups: (N,) int64, frames with the same number are normalised together (IAI: the time step of a clip), and
-                a loss is the mean over the groups. None: all frames are one group.
+                a loss is the mean over the groups. None: all frames are group 0. Several calls in one forward pass
+                need other numbers each, by which counts over a spread batch are told apart.
         """
         return self.losses_and_positives(pyramid, targets, padded_size, groups=groups)[0]
 
