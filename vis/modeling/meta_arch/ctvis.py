@@ -20,6 +20,7 @@ from vis.modeling.inference import VideoModel
 from vis.modeling.inference.scored import ScoredTracks
 from vis.modeling.registry import TRACKER_REGISTRY, lookup
 from vis.modeling.segmenter import clip_targets
+from vis.modeling.segmenter.counts import only_targets_count, seen_in_clip
 from vis.structures import ClipSample
 
 
@@ -87,6 +88,12 @@ class CTVIS(VideoModel):
             masks = [mask for clip in targets for mask in clip.masks.unbind(1)]
             losses.update(self.heads.losses(outputs, mask_former_targets(outputs, pairs, masks, sizes, num_masks)))
         return losses
+
+    def target_counts(self, samples: Sequence[ClipSample]) -> dict[str, float] | None:
+        """See :mod:`vis.modeling.segmenter.counts`: every instance of a clip is a target of all its frames."""
+        if not only_targets_count(self):
+            return None
+        return {"masks": sum(seen_in_clip(sample) * len(sample["image"]) for sample in samples)}
 
     def open_tracks(self) -> ScoredTracks:
         """Tracks by matching each frame with the one before."""

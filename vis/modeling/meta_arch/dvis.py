@@ -19,6 +19,7 @@ from vis.modeling.inference import MaskStore, OnlineTracks, TrackedFrames, Video
 from vis.modeling.refiners import TemporalRefiner
 from vis.modeling.registry import REFINER_REGISTRY, TRACKER_REGISTRY, lookup
 from vis.modeling.segmenter import SegmenterCache, as_clips, build_segmenter_cache, cached_segment, clip_targets
+from vis.modeling.segmenter.counts import seen_in_clip
 from vis.modeling.trackers import ReferringState, ReferringTracker
 from vis.modeling.transformer_decoders.masked import predict_masks
 from vis.structures import ClipSample, ClipTargets, RefinerOutput, SegmenterClip, TrackerOutput
@@ -161,6 +162,10 @@ class DVISOnline(_DVIS):
         tracked, _ = self.tracker(clip, None)
         return self.criterion(tracked, clip, targets, guided=self.guided)
 
+    def target_counts(self, samples: Sequence[ClipSample]) -> dict[str, list[float]]:
+        """See :mod:`vis.modeling.segmenter.counts`: of each video its instances in every frame."""
+        return {"clip.masks": [float(seen_in_clip(sample) * len(sample["image"])) for sample in samples]}
+
     def open_tracks(self) -> OnlineTracks:
         """Tracks that are final as frames come."""
         return OnlineTracks(self._step)
@@ -221,6 +226,10 @@ class DVISOffline(_DVIS):
         # Released: the refiner multiplies the segmenter's features, also where the tracker projects them for itself.
         refined.mask_features = clip.mask_features
         return self.criterion(refined, tracked, targets, guided=self.guided)
+
+    def target_counts(self, samples: Sequence[ClipSample]) -> dict[str, list[float]]:
+        """See :mod:`vis.modeling.segmenter.counts`: of each video its instances."""
+        return {"clip.masks": [float(seen_in_clip(sample)) for sample in samples]}
 
     def track(
         self, images: Tensor, state: ReferringState | None

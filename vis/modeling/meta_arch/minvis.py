@@ -21,6 +21,7 @@ from vis.modeling.inference import VideoModel
 from vis.modeling.inference.scored import ScoredTracks
 from vis.modeling.registry import TRACKER_REGISTRY, lookup
 from vis.modeling.segmenter import check_labels
+from vis.modeling.segmenter.counts import only_targets_count, seen_in_frames
 from vis.modeling.segmenter.frames import pad_masks
 from vis.modeling.transformer_decoders.masked import predict_masks
 from vis.structures import ClipSample
@@ -84,6 +85,10 @@ class MinVIS(VideoModel):
             of_frames = [target.masks for target in targets]
             losses.update(self.heads.losses(outputs, mask_former_targets(outputs, pairs, of_frames, sizes, num_masks)))
         return losses
+
+    def target_counts(self, samples: Sequence[ClipSample]) -> dict[str, float] | None:
+        """See :mod:`vis.modeling.segmenter.counts`."""
+        return {"masks": seen_in_frames(samples)} if only_targets_count(self) else None
 
     def open_tracks(self) -> ScoredTracks:
         """Tracks by matching each frame with the one before."""

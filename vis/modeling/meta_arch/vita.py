@@ -28,6 +28,7 @@ from vis.modeling.inference.session import VideoSession
 from vis.modeling.inference.vita import QualitySession
 from vis.modeling.matchers.hungarian import Pairs
 from vis.modeling.segmenter import clip_targets
+from vis.modeling.segmenter.counts import only_targets_count, seen_in_clip, seen_in_frames
 from vis.modeling.segmenter.vita import SegmentedFrames, check_parts, segment_frames
 from vis.modeling.trackers.clip_matching import ClipMatcher, ClipState, Tracklets
 from vis.modeling.transformer_decoders.masked import predict_masks
@@ -231,6 +232,13 @@ class VITA(VideoModel):
         video = self.vita_module(frames.frame_queries.unflatten(1, shape))
         features = self.vita_module.mask_features(frames.finest).unflatten(0, shape)
         return losses | self.vita_criterion(video, features, targets, matches)
+
+    def target_counts(self, samples: Sequence[ClipSample]) -> dict[str, float] | None:
+        """See :mod:`vis.modeling.segmenter.counts`: tracklets once for each layer of the frame decoder that is used."""
+        if not only_targets_count(self):
+            return None
+        of_clips: dict[str, float] = {"vita.masks": self.num_layers * sum(map(seen_in_clip, samples))}
+        return of_clips if self.freeze_detector else of_clips | {"masks": seen_in_frames(samples)}
 
     def _matches(self, frames: SegmentedFrames, targets: Sequence[MaskTargets]) -> list[list[Pairs]]:
         """Frame -> layer -> pairs, of the last L layers: the similarity loss asks for them."""
