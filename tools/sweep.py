@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 from vis.engine.defaults import run_tool
 from vis.engine.sweep import run_sweep, table
 from vis.engine.sweep_file import read_sweep
+from vis.engine.sweep_tool import add_run_options, run_stoppable
 
 _EPILOG = """
 Runs are in OUTPUT/<sweep>/<setting>/seed<k>, with console.txt, log.txt and manifest.json; the table is in
@@ -44,11 +42,6 @@ def work(args: argparse.Namespace) -> None:
         )
 
 
-def stop(number: int, frame: FrameType | None) -> None:
-    """A signal to end is an end like Ctrl-C: the runs are told, and may write a checkpoint."""
-    raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -56,27 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("sweep", metavar="SWEEP.yaml", help="what to run")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of each run (default: cores / jobs)")
-    parser.add_argument("--output", metavar="FOLDER", help="instead of `output` in the yaml")
     parser.add_argument("--table-only", action="store_true", help="run nothing, make the table of what is finished")
-    parser.add_argument(
-        "--rerun-changed",
-        action="store_true",
-        help="runs of other settings than the yaml's now are renamed and done anew",
-    )
-    parser.add_argument(
-        "--report-every", type=float, default=60, metavar="SECONDS", help="between lines of progress (default: 60)"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
+    add_run_options(parser)
     args = parser.parse_args(argv)
-    logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%m/%d %H:%M:%S", level=logging.WARNING)
-    logging.getLogger("vis.engine.sweep").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        return run_tool(work, args, debug=args.debug)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return 130
+    return run_stoppable(lambda: run_tool(work, args, debug=args.debug))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,3 +56,21 @@ def stub_config(stub_data: Path, tmp_path: Path) -> Callable[[str], Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def launcher(stub_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], list[str]]]:
+    """Starts tools in a tenth of a second: see ``fork_server``."""
+    path = str(tmp_path_factory.mktemp("server") / "socket")
+    file = str(Path(stub_path) / "fork_server.py")
+    root = str(Path(stub_path).parents[1])
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{stub_path}", "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        [sys.executable, file, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    )
+    assert server.stdout is not None
+    assert server.stdin is not None
+    assert server.stdout.readline() == "ready\n"
+    yield lambda tool: [sys.executable, "-S", "-E", file, path, tool]
+    server.stdin.close()
+    server.wait(10)

@@ -21,7 +21,9 @@ def client(path: str, arguments: list[str]) -> int:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
     folder = os.getcwd()
-    environment = {name: value for name, value in os.environ.items() if name.startswith(("STUB_", "CUDA_", "OMP_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if name.startswith(("CUDA_", "OMP_", "DETECTRON2_"))
+    }
     message = json.dumps([arguments, folder, environment]).encode()
     socket.send_fds(connection, [len(message).to_bytes(8, "big") + message], [1])
     answer = connection.recv(16)

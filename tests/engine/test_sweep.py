@@ -7,10 +7,8 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +21,6 @@ from vis.engine.sweep import Outcome, SweepChanged, local_start, run_sweep, tabl
 from vis.engine.sweep_file import read_sweep
 from vis.engine.sweep_jobs import Launcher, make_jobs
 from vis.engine.sweep_table import Row, as_csv, as_latex, as_markdown
-
-
-@pytest.fixture(scope="module")
-def launcher(stub_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    """Starts tools in a tenth of a second: see ``fork_server``."""
-    path = str(tmp_path_factory.mktemp("server") / "socket")
-    file = str(Path(stub_path) / "fork_server.py")
-    root = str(Path(stub_path).parents[1])
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{stub_path}", "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(
-        [sys.executable, file, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
-    )
-    assert server.stdout is not None
-    assert server.stdin is not None
-    assert server.stdout.readline() == "ready\n"
-    yield lambda tool: [sys.executable, "-S", "-E", file, path, tool]
-    server.stdin.close()
-    server.wait(10)
-
 
 SWEEP = """
 name: tried

@@ -54,6 +54,10 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)
 
 
+class WrongWeights(ValueError):
+    """What a run hands over is not what the next one can start from."""
+
+
 class Places:
     """CUDA devices and threads for so many runs at a time.
 
@@ -105,6 +109,7 @@ def run_sweep(
     set_aside: bool = False,
     start: Start | None = None,
     report_every: float = 60.0,
+    check: Callable[[Sequence[Job]], None] | None = None,
 ) -> Outcome:
     """Run what is not finished and write the table after each run.
 
@@ -113,6 +118,7 @@ def run_sweep(
         set_aside: runs of other settings than the file's are renamed and done anew; else they are an error.
         start: where jobs run; None: here.
         report_every: seconds between lines of the log that say how far the runs are.
+        check: looks at the runs that are not finished before the first starts, and raises what is wrong with them.
 
     Raises:
         SweepChanged: folders hold runs of other settings.
@@ -123,6 +129,8 @@ def run_sweep(
     try:
         todo = make_jobs(sweep)
         _check_unchanged(todo, set_aside=set_aside)
+        if check is not None:
+            check([job for job in todo if not is_finished(job)])
         return _Runner(sweep, todo, Places(jobs, threads), start or local_start(), report_every).run()
     finally:
         lock.close()
@@ -137,9 +145,10 @@ def _table(sweep: Sweep, jobs: Sequence[Job]) -> str:
     rows = {
         name: Row(name, setting.label, len(setting.seeds), setting.published)
         for name, setting in sweep.settings.items()
+        if setting.in_table
     }
     for job in jobs:
-        manifest = read_manifest(job.manifest) if is_finished(job) else None
+        manifest = read_manifest(job.manifest) if is_finished(job) and job.setting.in_table else None
         if manifest is not None:
             rows[job.setting.name].add(job.seed, manifest, sweep.metrics)
     return write_tables(sweep.folder, list(rows.values()), sweep.metrics, sweep.baseline)
@@ -152,7 +161,7 @@ def _check_unchanged(jobs: Sequence[Job], *, set_aside: bool) -> None:
     text = "\n".join(f"  {name}: {'; '.join(found[:4])}" for name, found in changed.items())
     if not set_aside:
         raise SweepChanged(
-            f"{len(changed)} runs in {jobs[0].folder.parents[1]} are of other settings than the file has now:\n{text}\n"
+            f"{len(changed)} runs in {jobs[0].folder.parent} are of other settings than the file has now:\n{text}\n"
             "Give the setting another name, change it back, or use --rerun-changed, which renames the old runs to "
             "seed<k>.old<n> and does them anew"
         )
@@ -226,6 +235,12 @@ class _Runner:
         record_start(job)
         try:
             child = self.start(job, self.places.environment(place, job.setting.num_gpus))
+        except WrongWeights as error:
+            if not again:
+                (job.folder / RECORD).unlink()
+            self.waiting.remove(job)
+            self._failed(job, str(error))
+            return
         except FolderInUse as error:  # a child of a killed sweep that is about to die
             if time.monotonic() - self.busy_since.setdefault(job.name, time.monotonic()) > _PATIENCE:
                 self.waiting.remove(job)

@@ -27,7 +27,7 @@ from vis.config import closest
 from vis.engine.plain_yaml import beside, check_keys, check_name, check_type, override_words, read_plain_yaml
 
 _TOP = ("name", "output", "config", "overrides", "seeds", "baseline", "metrics", "settings", "grid", "num_gpus")
-_SETTING: tuple[str, ...] = ("name", "label", "published", "config", "overrides", "seeds", "num_gpus")
+_SETTING: tuple[str, ...] = ("name", "label", "published", "config", "overrides", "seeds", "num_gpus", "in_table")
 _SETTING += ("eval_only", "weights_from", "multi_scale", "ensemble")
 _FUSION = ("weights", "iou", "max_num")
 TRAIN, EVALUATE, MULTI_SCALE, ENSEMBLE = "training", "evaluation", "multi-scale test", "ensemble"
@@ -44,6 +44,7 @@ class Setting:
         members: rows, or result files (.json, .zip), of an ensemble.
         fusion: arguments of the multi-scale test or of the ensemble.
         published: what the paper gives for the first metric.
+        in_table: False for a run that only makes weights for others.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Setting:
     fusion: Mapping[str, Any] = field(default_factory=dict)
     published: float | None = None
     num_gpus: int = 1
+    in_table: bool = True
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -67,13 +69,18 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep's file says."""
+    """What a sweep's file says.
+
+    Attributes:
+        by_seed: a setting's folder has one for each seed; else it is that of its only run.
+    """
 
     name: str
     folder: Path
     settings: dict[str, Setting]
     baseline: str
     metrics: tuple[str, ...]
+    by_seed: bool = True
 
 
 def is_result_file(name: str) -> bool:
@@ -95,19 +102,32 @@ def read_sweep(path: str | Path, output: str | None = None) -> Sweep:
     name = check_name(tree.get("name", file.stem), f"{file}: name")
     if ("settings" in tree) == ("grid" in tree):
         raise ValueError(f"{file}: give either `settings` (rows by name) or `grid` (values of keys)")
-    bodies = _grid(tree["grid"], file) if "grid" in tree else _named(tree["settings"], file)
-    settings = {key: _setting(key, body, tree, file) for key, body in bodies.items()}
-    _check_needs(settings, file)
-    settings = _inherit(settings, file)
-    baseline = str(tree.get("baseline", next(iter(settings))))
-    if baseline not in settings:
-        raise ValueError(f"{file}: baseline {baseline!r} is not one of the settings.{closest(baseline, settings)}")
+    bodies = _grid(tree["grid"], file) if "grid" in tree else named_bodies(tree["settings"], file)
+    settings = make_settings(bodies, tree, file)
+    rows = [name for name, setting in settings.items() if setting.in_table]
+    baseline = str(tree.get("baseline", rows[0] if rows else ""))
+    if baseline not in rows:
+        raise ValueError(f"{file}: baseline {baseline!r} is not a row of the table.{closest(baseline, rows)}")
     metrics = check_type(tree.get("metrics", list(METRICS)), list, f"{file}: metrics", "a list of names")
     folder = Path(output or tree.get("output", "output/sweeps")) / name
     return Sweep(name, folder, settings, baseline, tuple(map(str, metrics)))
 
 
-def _named(bodies: Any, file: Path) -> dict[str, dict[str, Any]]:
+def make_settings(bodies: Mapping[str, dict[str, Any]], top: dict[str, Any], file: Path) -> dict[str, Setting]:
+    """The settings that a file describes, checked against one another.
+
+    Args:
+        bodies: what the file says of each. top: what it says of all.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_sweep`.
+    """
+    settings = {name: _setting(name, body, top, file) for name, body in bodies.items()}
+    _check_needs(settings, file)
+    return _inherit(settings, file)
+
+
+def named_bodies(bodies: Any, file: Path) -> dict[str, dict[str, Any]]:
     """Settings by name, from a mapping or from a list whose entries have a ``name``."""
     if isinstance(bodies, Mapping):
         bodies = [
@@ -182,6 +202,7 @@ def _setting(name: str, body: dict[str, Any], top: dict[str, Any], file: Path) -
         fusion=fusion,
         published=published,
         num_gpus=check_type(body.get("num_gpus", top.get("num_gpus", 1)), int, f"{where}: num_gpus", "a number"),
+        in_table=check_type(body.get("in_table", True), bool, f"{where}: in_table", "true or false"),
     )
 
 

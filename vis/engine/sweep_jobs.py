@@ -34,7 +34,7 @@ class Job:
 
     Attributes:
         sources: the runs that it uses; the first is the one of ``weights_from``, if there is one.
-        text: the resolved configuration, by which a finished run is known; None for an ensemble.
+        cfg: the resolved configuration, by which a finished run is known; None for an ensemble.
     """
 
     setting: Setting
@@ -43,11 +43,12 @@ class Job:
     cfg: CfgNode | None
     words: list[str]
     sources: list[Job] = field(default_factory=list)
+    by_seed: bool = True
 
     @property
     def name(self) -> str:
         """What messages call it."""
-        return f"{self.setting.name}/seed{self.seed}"
+        return f"{self.setting.name}/seed{self.seed}" if self.by_seed else self.setting.name
 
     @property
     def manifest(self) -> Path:
@@ -102,7 +103,7 @@ def make_jobs(sweep: Sweep) -> list[Job]:
         for name in setting.needs:
             other = sweep.settings[name]
             sources.append(make(other, seed if len(other.seeds) > 1 else other.seeds[0]))
-        folder = sweep.folder / setting.name / f"seed{seed}"
+        folder = sweep.folder / setting.name / (f"seed{seed}" if sweep.by_seed else "")
         words = [*setting.opts]
         if setting.weights_from is not None:
             words += ["MODEL.WEIGHTS", str(sources[0].folder / FINAL)]
@@ -111,7 +112,7 @@ def make_jobs(sweep: Sweep) -> list[Job]:
             cfg = None if setting.config is None else load_cfg(str(setting.config), words)
         except ValueError as error:
             raise ValueError(f"setting {setting.name!r}: {error}") from error
-        job = Job(setting, seed, folder, cfg, words, sources)
+        job = Job(setting, seed, folder, cfg, words, sources, sweep.by_seed)
         if setting.kind == ENSEMBLE and not sources:
             raise ValueError(f"setting {setting.name!r}: an ensemble needs a row of the sweep, found files only")
         if setting.kind == ENSEMBLE:
@@ -235,7 +236,7 @@ def differences(job: Job) -> list[str]:
     ]
     stamps = _stamps(job)
     for name, stamp in content["sources"].items():
-        if stamp is not None and stamps.get(name) != stamp:
+        if stamp is not None and name in stamps and stamps[name] != stamp:
             changes.append(f"{name}, which it uses, was run again since, or is gone")
     return changes
 
