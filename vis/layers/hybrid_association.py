@@ -37,7 +37,8 @@ class ChannelGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
-        energy = self.alpha * (x.float().square().sum(dim=(2, 3), keepdim=True) + 1e-5).sqrt()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares do not fit into half precision
+        energy = self.alpha * (wide.square().sum(dim=(2, 3), keepdim=True) + 1e-5).sqrt()
         norm = self.gamma / (energy.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
         return x * (1 + torch.tanh(energy * norm + self.beta)).to(x.dtype)
 

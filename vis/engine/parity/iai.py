@@ -23,7 +23,8 @@ from vis.engine.parity.iai_parts import check_parts
 from vis.engine.parity.iai_training import check_training
 from vis.modeling.criterions.iai import paint
 from vis.modeling.inference.growing import FrameSizes, GrowingTracks, ResultRules
-from vis.modeling.meta_arch.iai import IAI, FrameResult, VideoState, original_masks
+from vis.modeling.meta_arch.iai import IAI, original_masks
+from vis.modeling.trackers.identified_frames import FrameResult, VideoState
 from vis.modeling.trackers.identity import exclusive
 from vis.structures.rle import area
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -23,20 +22,12 @@ from torch import Tensor, nn
 
 from vis.config import declare
 from vis.modeling.criterions.iai import ClipIdentities, clip_identities, frame_targets, identity_maps
-from vis.modeling.detectors.base import Detector, FrameDetections, Pyramid, build_detector
+from vis.modeling.detectors.base import Detector, Pyramid, build_detector
 from vis.modeling.inference.growing import FrameSizes, GrowingModel, ResultRules, TrackedFrame
 from vis.modeling.segmenter import FrameNormalizer, check_labels
-from vis.modeling.trackers.association import Association, AssociationMemory, CurrentFrame, stored_frames
-from vis.modeling.trackers.identity import (
-    Identified,
-    IdentityState,
-    IdentityTracker,
-    exclusive,
-    identity_map,
-    overlap_scores,
-    remember_boxes,
-    visible_parts,
-)
+from vis.modeling.trackers.association import Association, AssociationMemory, stored_frames
+from vis.modeling.trackers.identified_frames import FrameIdentifier, FrameResult, VideoState
+from vis.modeling.trackers.identity import IdentityTracker, exclusive
 from vis.structures import ClipSample
 from vis.structures.rle import encode_masks
 
@@ -44,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 # Masks that are resized to the original size together: of 1080 x 1920 pixels in float32 each takes 8 MB.
 _CHUNK = 8
-# Weights of the best class and of the best id in the rank of a detection: in a video's first frame, and later.
-_RANK_FIRST, _RANK_LATER = (1.0, 0.5), (0.5, 1.0)
 
 
 @declare
@@ -102,35 +91,6 @@ def add_config(cfg: CfgNode) -> None:
     test.MIN_IOU = 0.3
 
 
-@dataclass(frozen=True)
-class VideoState:
-    """One video under way."""
-
-    memory: AssociationMemory = field(default_factory=AssociationMemory)
-    identities: IdentityState = field(default_factory=IdentityState)
-
-
-@dataclass(frozen=True)
-class FrameResult:
-    """All that is found in a frame, for results and for comparisons.
-
-    Attributes:
-        replaced: features in place of res5; pyramid: of the image model.
-        found: detections; probs: their masks (n, H, W) at the padded size.
-        kept: (k,) rows of ``found`` that left enough of their masks; identified: of those, in that order.
-        labels: (H, W) uint8 map of identities of this frame.
-    """
-
-    replaced: Tensor
-    current: CurrentFrame | None
-    pyramid: Pyramid
-    found: FrameDetections
-    probs: Tensor
-    kept: Tensor
-    identified: Identified
-    labels: Tensor
-
-
 @META_ARCH_REGISTRY.register()
 class IAI(GrowingModel):
     """Image model, association, and identities without parameters."""
@@ -175,14 +135,18 @@ class IAI(GrowingModel):
         options: of :class:`~vis.modeling.inference.growing.GrowingModel`.
         """
         super().__init__(**options)
-        self.image_model, self.tracker = image_model, tracker
-        self.association = association
+        self.image_model, self.association, self.tracker = image_model, association, tracker
         self.num_classes, self.num_ids, self.id_weight = num_classes, num_ids, id_weight
         self.sequential, self.new_is_stored = sequential, new_is_stored
-        self.min_visible, self.min_iou = min_visible, min_iou
-        self.seed = seed
-        self.generator = torch.Generator() if id_shuffle else None
-        self.set_iteration(0)
+        self.identifier = FrameIdentifier(
+            image_model=image_model,
+            association=association,
+            tracker=tracker,
+            min_visible=min_visible,
+            min_iou=min_iou,
+        )
+        self.id_shuffle, self.seed = id_shuffle, seed
+        self._iteration, self._calls = 0, 0
         if warm_start and association is not None and association.cls_proj is not None:
             self.register_load_state_dict_post_hook(_warm_start)
 
@@ -229,8 +193,15 @@ class IAI(GrowingModel):
 
     def set_iteration(self, iteration: int) -> None:
         """Called by the trainer before each step: its draws depend on the iteration and the process alone."""
-        if self.generator is not None:
-            self.generator.manual_seed((self.seed * 1_000_003 + iteration) * 4096 + comm.get_rank())
+        self._iteration, self._calls = iteration, 0
+
+    def _draws(self) -> torch.Generator | None:
+        """Of the identities of one batch; an iteration may have several."""
+        if not self.id_shuffle:
+            return None
+        number = (self.seed * 1_000_003 + self._iteration) * 1_000_003 + self._calls
+        self._calls += 1
+        return torch.Generator().manual_seed((number * 4096 + comm.get_rank()) % 2**63)
 
     def losses(self, samples: Sequence[ClipSample]) -> dict[str, Tensor]:
         """Losses of B clips of T frames: means over the frames.
@@ -251,7 +222,8 @@ class IAI(GrowingModel):
             raise ValueError(f"clips of one batch must have one length (INPUT.SAMPLING_FRAME_NUM), found {lengths}")
         images = self.normalizer([frame for sample in samples for frame in sample["image"]])
         padded = (int(images.shape[-2]), int(images.shape[-1]))
-        clips = [self._identities(sample) for sample in samples]
+        generator = self._draws()
+        clips = [self._identities(sample, generator) for sample in samples]
         targets = [
             [frame_targets(frame, clip, t, padded, self.device) for t, frame in enumerate(sample["instances"])]
             for sample, clip in zip(samples, clips, strict=True)
@@ -269,11 +241,11 @@ class IAI(GrowingModel):
             return self._sequential(features, targets, labels, clips, padded)
         return [self._together(features, targets, labels, clips, padded)]
 
-    def _identities(self, sample: ClipSample) -> ClipIdentities:
+    def _identities(self, sample: ClipSample, generator: torch.Generator | None) -> ClipIdentities:
         for frame in sample["instances"]:
             check_labels(frame.gt_classes, self.num_classes)
         ids = torch.stack([frame.gt_ids for frame in sample["instances"]])  # (T, n)
-        return clip_identities(ids, self.num_ids, self.generator)
+        return clip_identities(ids, self.num_ids, generator)
 
     def _together(
         self,
@@ -334,43 +306,13 @@ class IAI(GrowingModel):
 
     def step(
         self,
-        features: Mapping[str, Tensor],
+        features: Pyramid,
         sizes: FrameSizes,
         state: VideoState,
         given: tuple[Tensor, bool] | None = None,
     ) -> tuple[FrameResult, VideoState]:
-        """The next frame of a video.
-
-        Args:
-            features: of the backbone, (1, C, h, w).
-            given: what to remember in place of what is found: a map of identities (H, W), and whether one is new.
-        """
-        current, replaced = None, features["res5"]
-        if self.association is not None:
-            replaced, current = self.association.read(replaced, state.memory)
-        pyramid = self.image_model.top_down({**features, "res5": replaced})
-        weights = _RANK_FIRST if state.identities.length == 0 else _RANK_LATER
-        if not self.image_model.num_ids:
-            weights = (1.0, 0.0)
-        found = self.image_model.detect(pyramid, sizes.input, weights=weights)
-        probs = self.image_model.mask_probs(found, pyramid, sizes.padded)
-        kept, visible = visible_parts(probs > 0.5, self.min_visible)
-        identified, identities = self._identify(found.take(kept), state.identities)
-        labels = identity_map(visible[kept], identified.ids, self.num_ids)
-        memory = state.memory
-        if self.association is not None and current is not None:
-            written, new = (labels, identified.new) if given is None else given
-            memory = self.association.write(current, written[None], memory, new=new)
-        result = FrameResult(replaced, current, pyramid, found, probs, kept, identified, labels)
-        return result, VideoState(memory, identities)
-
-    def _identify(self, found: FrameDetections, state: IdentityState) -> tuple[Identified, IdentityState]:
-        if found.id_probs is not None:
-            return self.tracker.step(found.id_probs, state)
-        classes = found.class_probs.argmax(dim=1)
-        scores = overlap_scores(found.boxes, classes, state, num_ids=self.num_ids, threshold=self.min_iou)
-        identified, after = self.tracker.step(scores, state)
-        return identified, remember_boxes(found.boxes, classes, identified.ids, after)
+        """The next frame of a video: :meth:`~vis.modeling.trackers.identified_frames.FrameIdentifier.step`."""
+        return self.identifier.step(features, sizes.input, sizes.padded, state, given)
 
     def report(self, result: FrameResult, sizes: FrameSizes) -> TrackedFrame:
         """Results of a frame. Of two detections with one id (released overflow) the later counts."""
