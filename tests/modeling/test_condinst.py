@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vis.engine.config import load_cfg
 from vis.layers.dynamic_conv import aligned_bilinear, split_parameters
+from vis.layers.effective_batch import EffectiveBatch
 from vis.modeling import build_model
 from vis.modeling.detectors import CondInst, Detector, build_detector
 from vis.modeling.detectors.masks import encode_found, original_masks
@@ -284,8 +285,14 @@ def test_image_detector(config: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     changes = {"DETECTOR__CLS_THR": 0.0, "DETECTOR__TOPK": 3, "MASK_FORMER__TEST__WINDOW_SIZE": 5}
     model = build_model(config(**changes))
-    losses = model([video(2, 3), video(1, 0)])
+    samples = [video(2, 3), video(1, 0)]
+    losses = model(samples)
     assert set(losses) == {"loss_cls", "loss_bbox", "loss_centerness", "loss_mask"}
+    with EffectiveBatch(steps=2).counting() as counted:
+        model(samples)
+    announced = model.target_counts(samples)
+    assert announced["fcos.positives.0"] > 0
+    assert all(torch.equal(counted[name], count) for name, count in announced.items())
     model.eval()
     length = 12
     (found,) = model([video(length, 0)])

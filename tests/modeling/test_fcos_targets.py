@@ -7,8 +7,9 @@ import torch
 from detectron2.structures import BitMasks, Instances
 from torch import Tensor
 
+from vis.layers.effective_batch import EffectiveBatch
 from vis.modeling.criterions.fcos import FCOSCriterion, assign_locations, centerness, id_probabilities, mass_centres
-from vis.modeling.heads.fcos import FCOSOutputs, Locations, locations_of
+from vis.modeling.heads.fcos import FCOSOutputs, Locations, grid_locations
 
 SIZES, STRIDES = ((11, 13), (6, 7)), (8, 16)
 RANGES = (30.0, 1e8)
@@ -16,7 +17,7 @@ K, IDS, L = 5, 7, 11 * 13 + 6 * 7
 
 
 def grid() -> Locations:
-    return locations_of([torch.zeros(1, 1, *size) for size in SIZES], STRIDES)
+    return grid_locations(SIZES, STRIDES, "cpu")
 
 
 def chosen(boxes: list[list[float]], centres: list[list[float]] | None = None) -> list[list[tuple[int, int]]]:
@@ -262,6 +263,32 @@ def test_normalisers_are_means_over_processes(monkeypatch: pytest.MonkeyPatch) -
     for name in ("loss_cls", "loss_id", "loss_centerness", "loss_bbox"):
         torch.testing.assert_close(shared[name], 2 * alone[name])
     assert shared["loss_mask"] == alone["loss_mask"]
+
+
+def test_a_batch_in_parts_has_the_losses_of_the_whole() -> None:
+    criterion = FCOSCriterion(num_classes=K, num_ids=IDS, strides=STRIDES, ranges=RANGES)
+    out, features = outputs(4), torch.randn(4, 8, 11, 13)
+    rows = ([0, 1], [2, 3])
+    groups = torch.tensor([3, 4])
+
+    def part(index: list[int]) -> dict[str, Tensor]:
+        return criterion(of_frames(out, index), features[index], [FRAMES[i] for i in index], groups)[0]
+
+    whole = criterion(out, features, FRAMES, groups.repeat(2))[0]
+    for exact in (False, True):
+        batch = EffectiveBatch(steps=2, exact=exact)
+        for index in rows:
+            with batch.counting() as counted:
+                part(index)
+            announced = criterion.target_counts([FRAMES[i] for i in index], SIZES, groups)
+            for name, count in announced.items():
+                torch.testing.assert_close(counted[name], count)
+        batch.agree(torch.device("cpu"))
+        with batch.active():
+            parts = [part(index) for index in rows]
+        for name, value in whole.items():
+            if exact or name != "loss_mask":
+                torch.testing.assert_close(torch.stack([losses[name] for losses in parts]).mean(), value, msg=name)
 
 
 def test_half_precision() -> None:

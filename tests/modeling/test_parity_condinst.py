@@ -22,7 +22,7 @@ from vis.engine.parity.weights import formula_weight
 from vis.layers.dynamic_conv import aligned_bilinear
 from vis.modeling.detectors import Detector, build_detector
 from vis.modeling.heads.condinst import dynamic_logits
-from vis.modeling.heads.fcos import locations_of
+from vis.modeling.heads.fcos import grid_locations
 from vis.modeling.segmenter import FrameNormalizer
 
 pytestmark = pytest.mark.parity
@@ -225,7 +225,7 @@ def clip_targets(recorded: dict[str, np.ndarray]) -> list[Instances]:
 
 def test_targets(detector: Detector, recorded: dict[str, np.ndarray]) -> None:
     sizes = ((16, 24), (8, 12), (4, 6), (2, 3), (1, 2))
-    locations = locations_of([torch.zeros(1, 1, *size) for size in sizes], (8, 16, 32, 64, 128))
+    locations = grid_locations(sizes, (8, 16, 32, 64, 128), "cpu")
     found = detector.criterion.assign(locations, clip_targets(recorded))
     prefix = "train.bn_eval.b1.target."
     np.testing.assert_array_equal(found.labels.numpy(), recorded[f"{prefix}labels"][:, 0])

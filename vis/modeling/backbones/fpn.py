@@ -91,12 +91,12 @@ def build_fpn(cfg: CfgNode, *, in_features: Sequence[str], out_channels: int, to
         "p6p7": lambda: LastLevelP6P7(out_channels, out_channels, in_feature="p5"),
         "pool": LastLevelMaxPool,
     }
-    bottom_up = build_backbone(cfg)
-    speed_up_pointwise(bottom_up)
-    return SplitFPN(
-        bottom_up=bottom_up,
+    fpn = SplitFPN(
+        bottom_up=build_backbone(cfg),
         in_features=in_features,
         out_channels=out_channels,
         top_block=blocks[top](),
         norm_eval=norm_eval,
     )
+    speed_up_pointwise(fpn)
+    return fpn

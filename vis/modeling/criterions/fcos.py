@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vis.layers.effective_batch import effective_mean
 from vis.modeling.heads.condinst import dynamic_logits
-from vis.modeling.heads.fcos import FCOSOutputs, Locations, locations_of, rows
+from vis.modeling.heads.fcos import FCOSOutputs, Locations, grid_locations, locations_of, rows
 from vis.modeling.losses.boxes import overlaps
 from vis.modeling.losses.focal import sigmoid_focal_loss
 
@@ -159,16 +159,11 @@ class FCOSCriterion(nn.Module):
         """
         locations = locations_of(outputs.logits, self.strides)
         found = self.assign(locations, targets)
-        groups = torch.zeros(len(targets), dtype=torch.int64) if groups is None else groups
-        numbers, group_of = groups.cpu().unique(return_inverse=True)
-        sums = _GroupSums(group_of.to(features.device), len(numbers))
-        wanted = centerness(found.boxes)
-        # On average over the parts of the batch; calls for groups of other numbers in one pass do not mix.
-        part = int(numbers[0])
-        count = sums.of_positives(torch.ones_like(wanted), found.frames)
-        positives = effective_mean(f"fcos.positives.{part}", count)
-        weight = sums.of_positives(wanted, found.frames)
-        weights = effective_mean(f"fcos.centerness.{part}", weight, minimum=1e-6)
+        sums, wanted = _GroupSums(groups, len(targets), features.device), centerness(found.boxes)
+        positives, weights = (
+            effective_mean(name, count, minimum=least)
+            for (name, count), least in zip(sums.counts(found.frames, wanted).items(), (1.0, 1e-6), strict=True)
+        )
         # In float32: sums over thousands of locations, and boxes in pixels.
         with torch.autocast(device_type=features.device.type, enabled=False):
             losses = {"loss_cls": (sums.of_frames(self._class_losses(outputs, found)) / positives).mean()}
@@ -182,9 +177,22 @@ class FCOSCriterion(nn.Module):
                 losses["loss_id"] = (sums.of_frames(self._id_losses(outputs, found.ids)) / positives).mean()
         dice, frames = self._mask_losses(outputs, features, locations, targets, found)
         trained = sums.of_positives(torch.ones_like(dice), frames)
-        masks = effective_mean(f"fcos.masks.{part}", trained, of_part=True)
+        masks = effective_mean(f"fcos.masks.{sums.first}", trained, of_part=True)
         losses["loss_mask"] = (sums.of_positives(dice, frames) / masks).mean()
         return losses, found
+
+    @torch.no_grad()
+    def target_counts(
+        self, targets: Sequence[Instances], sizes: Sequence[tuple[int, int]], groups: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The counts that losses of these frames are divided by, but for those of masks.
+
+        Args:
+            sizes: (h, w) of the levels.
+        """
+        device = targets[0].gt_classes.device
+        found = self.assign(grid_locations(sizes, self.strides, device), targets)
+        return _GroupSums(groups, len(targets), device).counts(found.frames, centerness(found.boxes))
 
     def _class_losses(self, outputs: FCOSOutputs, found: Assignment) -> Tensor:
         """(N,) sums."""
@@ -241,10 +249,23 @@ class FCOSCriterion(nn.Module):
 
 
 class _GroupSums:
-    """Sums by group of frames."""
+    """Sums by group of frames; ``first`` is the lowest number of a group, 0 without groups."""
 
-    def __init__(self, group_of: Tensor, count: int) -> None:
-        self._group_of, self._count = group_of, count
+    def __init__(self, groups: Tensor | None, num_frames: int, device: torch.device) -> None:
+        groups = torch.zeros(num_frames, dtype=torch.int64) if groups is None else groups
+        numbers, group_of = groups.cpu().unique(return_inverse=True)
+        self.first = int(numbers[0])
+        self._group_of, self._count = group_of.to(device), len(numbers)
+
+    def counts(self, frames: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """The number (G,) of the positives and the sum (G,) of their weights, by the names of these counts.
+
+        Calls for groups of other numbers in one forward pass have other names.
+        """
+        return {
+            f"fcos.positives.{self.first}": self.of_positives(torch.ones_like(weights), frames),
+            f"fcos.centerness.{self.first}": self.of_positives(weights, frames),
+        }
 
     def of_frames(self, values: Tensor) -> Tensor:
         """(N,) -> (G,)."""

@@ -146,6 +146,13 @@ class Detector(nn.Module):
         """:meth:`losses`, and which predictions were counted as which instance."""
         raise NotImplementedError
 
+    def target_counts(
+        self, targets: Sequence[Instances], padded_size: tuple[int, int], *, groups: Tensor | None = None
+    ) -> dict[str, Tensor] | None:
+        """What losses of these frames are divided by, by the names of :mod:`vis.layers.effective_batch`, where it
+        follows from the targets alone; None where it does not. Arguments as :meth:`losses` takes them."""
+        return None
+
     def detect(
         self,
         pyramid: Pyramid,

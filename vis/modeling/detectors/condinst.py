@@ -172,6 +172,15 @@ class CondInst(Detector):
         embeds = rows(outputs.embeds)[found.frames, found.locations] if outputs.embeds else None
         return losses, Positives(found.frames, found.instances, embeds)
 
+    def target_counts(
+        self, targets: Sequence[Instances], padded_size: tuple[int, int], *, groups: Tensor | None = None
+    ) -> dict[str, Tensor] | None:
+        """See :class:`~vis.modeling.detectors.base.Detector`."""
+        sizes = [(padded_size[0] // stride, padded_size[1] // stride) for stride in _STRIDES[:_MASK_LEVELS]]
+        while len(sizes) < len(_LEVELS):  # by convolutions of stride 2
+            sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+        return self.criterion.target_counts(targets, sizes, groups)
+
     def detect(
         self,
         pyramid: Pyramid,

@@ -56,11 +56,14 @@ class Locations:
 
 
 def locations_of(maps: Sequence[Tensor], strides: Sequence[int]) -> Locations:
-    """Locations of maps (..., h_l, w_l): cell i of a level is at pixel ``i * stride + stride // 2``."""
+    """Locations of maps (..., h_l, w_l), see :func:`grid_locations`."""
+    return grid_locations([x.shape[-2:] for x in maps], strides, maps[0].device)
+
+
+def grid_locations(sizes: Sequence[tuple[int, ...]], strides: Sequence[int], device: torch.device | str) -> Locations:
+    """Locations of levels of these sizes (h, w): cell i of a level is at pixel ``i * stride + stride // 2``."""
     points, counts = [], []
-    device = maps[0].device
-    for x, stride in zip(maps, strides, strict=True):
-        height, width = x.shape[-2:]
+    for (height, width), stride in zip(sizes, strides, strict=True):
         ys = torch.arange(height, device=device, dtype=torch.float32) * stride + stride // 2
         xs = torch.arange(width, device=device, dtype=torch.float32) * stride + stride // 2
         points.append(torch.stack([xs.repeat(height), ys.repeat_interleave(width)], dim=1))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Instances
 from torch import Tensor
 
 from vis.modeling.detectors import Detector, build_detector
@@ -56,14 +57,23 @@ class ImageDetector(GrowingModel):
         """
         images = self.normalizer([frame for sample in samples for frame in sample["image"]])
         size = (int(images.shape[-2]), int(images.shape[-1]))
+        targets = self._targets(samples, size)
+        pyramid = self.image_model.top_down(self.image_model.bottom_up(images))
+        return self.image_model.losses(pyramid, targets, size)
+
+    def target_counts(self, samples: Sequence[ClipSample]) -> dict[str, Tensor] | None:
+        """What :meth:`losses` divides by where it follows from the targets: see :mod:`vis.layers.effective_batch`."""
+        size = self.normalizer.padded_size([frame.shape[-2:] for sample in samples for frame in sample["image"]])
+        return self.image_model.target_counts(self._targets(samples, size), size)
+
+    def _targets(self, samples: Sequence[ClipSample], size: tuple[int, int]) -> list[Instances]:
+        """Of every frame, with masks at the padded size."""
         num_classes = self.image_model.num_classes
-        targets = [
+        return [
             target
             for sample in samples
             for target in detector_targets(sample, padded_size=size, num_classes=num_classes, device=self.device)
         ]
-        pyramid = self.image_model.top_down(self.image_model.bottom_up(images))
-        return self.image_model.losses(pyramid, targets, size)
 
     def track(self, images: Tensor, sizes: FrameSizes, state: int | None) -> tuple[list[TrackedFrame], int]:
         """Detections of frames (T, 3, H, W); ``state`` is how many there were before."""
