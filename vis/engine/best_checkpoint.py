@@ -204,7 +204,7 @@ class BestCheckpoint(HookBase):
 
     def _write(self) -> None:
         best = progress(self.history, mode=self.mode, min_delta=self.min_delta)
-        content = {"metric": self.metric, "mode": self.mode, "history": self.history}
+        content: dict[str, Any] = {"metric": self.metric, "mode": self.mode, "history": self.history}
         if self.history:
             content["best"] = {"iteration": best.iteration, "value": best.value, "file": BEST}
         write_text_atomic(json.dumps(content, indent=1) + "\n", self.folder / HISTORY)
