@@ -13,6 +13,7 @@ import torch
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch import Tensor
 
+from vis.checkpoint import load_weights
 from vis.config import CfgNode
 from vis.engine.config import load_cfg
 from vis.engine.parity.common import clip_sample
@@ -302,3 +303,28 @@ def test_mistakes_are_named(config: Callable[..., CfgNode], model: Any) -> None:
     model.eval()
     with pytest.raises(ValueError, match="BOTH_FRAMES True"):
         build_model(config({"MODEL.MASKTRACK.BOTH_FRAMES": False}, "condinst_tiny"))
+
+
+def test_a_training_starts_from_detectors_of_other_classes(
+    config: Callable[..., CfgNode], model: Any, dense: Any, tmp_path: Path
+) -> None:
+    for built, file, head, prefix in (
+        (model, "masktrack_rcnn_tiny", "roi_heads.track_head", ""),
+        (dense, "condinst_tiny", "proposal_generator.fcos_head.embed_", "image_model."),
+    ):
+        state = {
+            name.removeprefix("image_model."): value
+            for name, value in built.state_dict().items()
+            if name.startswith("image_model.") and head not in name
+        }
+        path = tmp_path / f"{file}.pth"
+        torch.save({"model": {f"{prefix}{name}": value for name, value in state.items()}}, path)
+        other = build_model(config({"MODEL.SEM_SEG_HEAD.NUM_CLASSES": CLASSES + 3}, file))
+        report = load_weights(other, str(path), training=True)
+        assert report.missing
+        assert all(head in name for name in report.missing)
+        kept = "backbone.fpn_lateral4.weight"
+        torch.testing.assert_close(other.image_model.state_dict()[kept], state[kept])
+        torch.save({"model": built.state_dict()}, path)
+        again = build_model(config(file=file))
+        assert not load_weights(again, str(path), training=False).missing
