@@ -16,7 +16,8 @@
 
 KEY VALUE pairs after --opts change the configuration. Without --weights or --manifest the model has its initial
 weights: fine for time and memory of the network, but its masks have more ragged outlines than those of a trained one,
-so that encoding them takes longer. The exit status of `memory` is 1 where memory grows with the length of the video.
+so that encoding them takes longer. (An IDOL's scores and embeddings are scaled then, or it would find nothing to
+track.) The exit status of `memory` is 1 where memory grows with the length of the video.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 
 from vis.engine.benchmarks import (
     Settings,
+    against_plain,
     beside,
     data,
     evaluation,
@@ -40,7 +42,6 @@ from vis.engine.benchmarks import (
     memory,
     op,
     op_device,
-    plain,
     plain_train,
     train,
 )
@@ -62,7 +63,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 #: The same for --against-plain.
 AGAINST_PLAIN: dict[str, Benchmark] = {
-    "inference": (plain.measure_against_plain, plain.lines, {}),
+    "inference": (against_plain.measure_against_plain, against_plain.lines, {}),
     "train": (plain_train.measure_train_against_plain, plain_train.lines, plain_train.DEFAULTS),
 }
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vis.engine.benchmarks import Settings, plain
+from vis.engine.benchmarks import Settings, against_plain, plain
 from vis.engine.config import load_cfg
 from vis.layers.linear import Linear
 from vis.layers.ms_deform_attn import op
@@ -91,7 +91,7 @@ def test_figures(project_root: Path) -> None:
         warmup=0,
         repeats=2,
     )
-    result = plain.measure_against_plain(settings)
+    result = against_plain.measure_against_plain(settings)
     for name in ("ours", "plain"):
         assert len(result[name]["seconds_per_frame"]["runs"]) == 2
         assert 0 < result[name]["network"]["median"] < result[name]["seconds_per_frame"]["median"]
@@ -99,4 +99,4 @@ def test_figures(project_root: Path) -> None:
         result["plain"]["seconds_per_frame"]["median"] / result["ours"]["seconds_per_frame"]["median"]
     )
     assert result["logits_apart"] < 1e-3
-    assert "times as long" in "\n".join(plain.lines(result))
+    assert "times as long" in "\n".join(against_plain.lines(result))

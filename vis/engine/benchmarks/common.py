@@ -26,9 +26,11 @@ from torch import Tensor, nn
 import vis
 from vis.checkpoint import load_weights
 from vis.config import CfgNode
+from vis.engine.benchmarks.plain_idol import enliven
 from vis.engine.config import load_cfg
 from vis.engine.parity import fill_weights, read_manifest
 from vis.modeling import build_model
+from vis.modeling.meta_arch.idol import IDOL
 from vis.structures import ClipSample
 
 logger = logging.getLogger(__name__)
@@ -126,6 +128,8 @@ def build(settings: Settings) -> tuple[CfgNode, nn.Module]:
         load_weights(model, settings.weights)
     if settings.manifest:
         fill_weights(model, read_manifest(settings.manifest))
+    if isinstance(model, IDOL) and not settings.weights and not settings.manifest:
+        enliven(model, MovingFrames(length=1, size=settings.input_size)[0])
     return cfg, model
 
 

@@ -14,7 +14,7 @@ from vis.structures import VideoPrediction
 from vis.structures.rle import decode, encode_masks
 
 #: Modules whose time is told apart, where a model has them.
-NETWORK, _TRACKER = ("backbone", "sem_seg_head"), ("tracker",)
+NETWORK, _TRACKER = ("backbone", "sem_seg_head", "detr"), ("tracker",)
 
 
 class ModuleClock:

@@ -9,16 +9,15 @@
 * linear layers and 1x1 convolutions of torch, frames in torch's usual layout instead of channels last.
 
 The rest (convolutions, tracking, encoding of masks, windows) is the same code on both sides, so ratios of the whole are
-those of a released system with our post-processing.
+those of a released system with our post-processing. Of IDOL the post-processing is the released one too
+(:mod:`~vis.engine.benchmarks.plain_idol`).
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +26,6 @@ from detectron2.modeling.backbone.swin import WindowAttention
 from timm.models.vision_transformer import Attention  # timm.layers has it in new versions only
 from torch import Tensor, nn
 
-from vis.engine.benchmarks.common import Settings, build, spread, summary, synchronize, video
-from vis.engine.benchmarks.inference import NETWORK, ModuleClock
 from vis.layers.attention import MultiheadAttention
 from vis.layers.linear import Linear, PointwiseConv2d
 from vis.layers.ms_deform_attn import op, reference
@@ -153,68 +150,3 @@ def plain(model: nn.Module, also: Mapping[type[nn.Module], type[nn.Module]] | No
         for attention, before in fused:
             attention.fused_attn = before  # type: ignore[misc]
         op.RUN.update(backends)
-
-
-def measure_against_plain(settings: Settings) -> dict[str, Any]:
-    """Both in turn, so that what else happens on the machine meets both; and how far their predictions are apart."""
-    _, model = build(settings)
-    sample, frames = video(settings, settings.frames[0]), settings.frames[0]
-    clock = ModuleClock(model, NETWORK, settings.device)
-    seconds: dict[str, dict[str, list[float]]] = {name: {"total": [], "network": [], "cpu": []} for name in _SIDES}
-    with torch.no_grad():
-        for index in range(settings.warmup + settings.repeats):
-            for name in _SIDES:
-                with plain(model) if name == "plain" else nullcontext():
-                    clock.seconds = 0.0
-                    synchronize(settings.device)
-                    start, start_cpu = time.perf_counter(), time.process_time()
-                    model([sample])
-                    synchronize(settings.device)
-                    figures = (time.perf_counter() - start, clock.seconds, time.process_time() - start_cpu)
-                if index >= settings.warmup:
-                    for key, value in zip(seconds[name], figures, strict=True):
-                        seconds[name][key].append(value / frames)
-        difference = _difference(model, list(sample["image"])[: min(frames, 2)])
-    result: dict[str, Any] = {"frames": frames, "logits_apart": difference}
-    for name, lists in seconds.items():
-        result[name] = {
-            "seconds_per_frame": {**summary(lists["total"]), "cpu": statistics.median(lists["cpu"])},
-            "network": summary(lists["network"]),
-        }
-    ours, other = result["ours"], result["plain"]
-    result["times"] = {
-        "network": other["network"]["median"] / ours["network"]["median"],
-        "total": other["seconds_per_frame"]["median"] / ours["seconds_per_frame"]["median"],
-        "cpu": other["seconds_per_frame"]["cpu"] / ours["seconds_per_frame"]["cpu"],
-    }
-    return result
-
-
-_SIDES = ("ours", "plain")
-
-
-def _difference(model: Any, frames: list[Tensor]) -> float:
-    """Largest difference of class logits over the largest logit.
-
-    Rounding, unless a mask logit next to zero opens a cell to a query on one side only.
-    """
-    found = []
-    for context in (nullcontext(), plain(model)):
-        with context:
-            found.append(model.sem_seg_head(model.backbone(model.normalizer(frames)))["pred_logits"].float())
-    return float((found[0] - found[1]).abs().max() / found[1].abs().max())
-
-
-def lines(result: dict[str, Any]) -> list[str]:
-    """The figures in words."""
-    text = []
-    for name in _SIDES:
-        total, network = result[name]["seconds_per_frame"], result[name]["network"]["median"]
-        text.append(f"{name:<6} {spread(total, 's per frame')}, network {network:.3f}")
-    times = result["times"]
-    return [
-        *text,
-        f"plain PyTorch takes {times['total']:.2f} times as long, {times['cpu']:.2f} times the processor time, the "
-        f"network {times['network']:.2f} times as long (video of {result['frames']} frames)",
-        f"class logits differ by {result['logits_apart']:.1e} of the largest",
-    ]
