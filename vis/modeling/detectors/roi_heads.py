@@ -58,6 +58,7 @@ class Regions:
         boxes: (R, 4); labels: (R,) int64, K for background; frames: (R,) int64.
         instances: (R,) int64, of its frame; matched: (R, 4) box of that instance. Both are anything for background.
         ids: (R,) int64 identities to name, N for background; None without an identity head.
+        positive: (R,) bool, of an instance; P is their number.
         weights: (R,) share in a loss of all regions; positive_weights: (P,) in a loss of the positive ones.
     """
 
