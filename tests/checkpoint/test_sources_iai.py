@@ -14,11 +14,16 @@ from torch import Tensor, nn
 from vis.checkpoint import SOURCES, ClassMap, convert, load_weights, read_weights
 from vis.checkpoint.sources.source import Names, apply
 from vis.data.registration import class_names_of
+from vis.engine import load_cfg
+from vis.engine.parity import formula_weight, read_manifest
+from vis.modeling import build_model
 
 State = dict[str, Tensor]
 COCO, OVIS = (tuple(class_names_of([name])) for name in ("coco_2017_train_video", "ovis_train"))
 STAGES = {"condinst": ("association.", "image_model.proposal_generator.fcos_head.id_"), "iai": ()}
 
+# numbers of parameters, by the description of the release
+PARTS = {"enc_proj": 524_544, "cls_proj": 3_147_264, "id_bank": 5_854_720, "layers": 1_200_322 - 512, "norms": 512}
 HEAD = "image_model.proposal_generator.fcos_head."
 # some of each kind, by hand
 NAMES = {
@@ -273,3 +278,31 @@ def test_what_a_model_with_embeddings_is(iai: State) -> None:
     names, stage = ours(condinst_of(iai)), SOURCES["condinst"].stage
     assert stage(Names(names)) == "condinst"
     assert stage(Names({**names, f"{HEAD}embed_pred.weight": torch.ones(1)})) == "masktrack_rcnn"
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_a_released_file_of_full_size(shared_dir: Path, project_root: Path, tmp_path: Path) -> None:
+    """463 tensors with values from their names, in the model of the configuration for that file."""
+    manifest = read_manifest(shared_dir / "parity" / "iai_r50.manifest.json.gz")
+    state = {}
+    for name, entry in manifest.items():
+        count = torch.zeros(entry["shape"], dtype=torch.int64)
+        fill = entry["fill"]
+        state[name] = count if fill is None else torch.from_numpy(formula_weight(name, entry["shape"], *fill))
+    path = write(state, tmp_path / "released.pth")
+    released = str(project_root / "configs" / "iai" / "ytvis19_r50_released.yaml")
+    model = build_model(load_cfg(released, ["MODEL.DEVICE", "cpu"]))
+    report = load_weights(model, path, training=False)
+    assert not report.missing + report.remade + report.other_ids
+    loaded = model.state_dict()
+    assert len(loaded) == 463
+    for name, value in state.items():
+        ours = SOURCES["iai"].ours(name) or ""
+        assert torch.equal(loaded[ours].reshape(value.shape), value), name
+    numbers = {part: sum(p.numel() for p in getattr(model.association, part).parameters()) for part in PARTS}
+    assert numbers == PARTS
+    ovis = build_model(load_cfg(released.replace("ytvis19", "ovis"), ["MODEL.DEVICE", "cpu"]))
+    report = load_weights(ovis, path)
+    assert len(report.other_ids) == 3
+    assert len(report.remade) == 2

@@ -56,6 +56,15 @@ def segmenter() -> dict[str, Tensor]:
     return {name: torch.rand(81 if "class" in name else 3, 5) for name in names}
 
 
+def small_iai() -> dict[str, Tensor]:
+    """Some names of MMDetection's of each kind."""
+    names = [f"backbone.{name}" for name in small_resnet() if not name.startswith("fc.")]
+    names += ["neck.lateral_convs.2.conv.bias", "neck.fpn_convs.4.conv.weight", "bbox_head.scales.3.scale"]
+    names += ["bbox_head.id_convs.0.gn.weight", "bbox_head.mask_head.4.bias", "encoder_projector.bias"]
+    names += ["lstt.LSTT.layers.0.activation.gn.weight", "lstt.patch_wise_id_bank.weight"]
+    return {name: torch.rand(() if "scales" in name else (2, 3)) for name in names}
+
+
 @pytest.mark.parametrize(
     ("make", "source", "dropped"),
     [
@@ -63,6 +72,7 @@ def segmenter() -> dict[str, Tensor]:
         (small_swin, "timm_swin", ("head.", "norm.")),
         (small_vit, "dinov2", ()),
         (segmenter, "mask2former", ()),
+        (small_iai, "iai", ()),
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
