@@ -46,7 +46,7 @@ def _mask_rcnn(name: str, title: str, *, msra: bool) -> Source:
         recognise=_is_mask_rcnn,
         stage=always("mask_rcnn"),
         to_ours=renames((r"^", IMAGE_MODEL)),
-        to_released=renames((rf"^{re.escape(IMAGE_MODEL)}", "")),
+        to_released=None if msra else renames((rf"^{re.escape(IMAGE_MODEL)}", "")),
         part=(f"{IMAGE_MODEL}backbone.bottom_up.",),
         under=IMAGE_MODEL,
         values=rgb_stem if msra else None,
@@ -97,5 +97,10 @@ register(
         recognise=_is_other,
         stage=always("detector"),
         part=("backbone.bottom_up.", "backbone."),
+        note=(
+            "most detectors of the zoo began as a Caffe2 ResNet (MSRA), for BGR pixels and with the stride in the 1x1 "
+            "convolutions. Only those of Mask R-CNN are rewritten for RGB here: better start from one of them, or from "
+            "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+        ),
     ),
 )
