@@ -67,12 +67,25 @@ class CheckpointHook(HookBase):
         if not comm.is_main_process():
             return
         if done % self.period == 0:
-            path = self.folder / checkpoint_name(self.trainer.iter)
-            self._save(state, path)
-            self.written = [*(item for item in self.written if item != path), path]
+            self._save_periodic(state)
         if final:
             self._save(state, self.folder / FINAL)
         self._forget()
+
+    def save_now(self) -> None:
+        """Save after this step whatever the period, for a training that has to end here; not what is saved already."""
+        done = self.trainer.iter + 1
+        if done % self.period == 0 or done >= self.trainer.max_iter:
+            return
+        state = self.get_state()
+        if comm.is_main_process():
+            self._save_periodic(state)
+            self._forget()
+
+    def _save_periodic(self, state: dict[str, Any]) -> None:
+        path = self.folder / checkpoint_name(self.trainer.iter)
+        self._save(state, path)
+        self.written = [*(item for item in self.written if item != path), path]
 
     def after_train(self) -> None:
         """Keep as the final one what a training ends with that was told to stop."""

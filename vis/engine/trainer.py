@@ -29,6 +29,7 @@ from vis.engine.evaluation import check_test_set, evaluate, evaluate_only
 from vis.engine.hooks import CheckpointHook, EvaluationHook, MetricPrinter
 from vis.engine.nonfinite import build_sentinel
 from vis.engine.precision import mixed_precision
+from vis.engine.preemption import PreemptionHook
 from vis.engine.state import (
     LAST,
     METRICS,
@@ -282,6 +283,7 @@ class Trainer(TrainerBase):
             d2_hooks.LRScheduler(self.optimizer, self.scheduler),
             *([] if self.average is None else [self.average]),
             checkpoints,
+            PreemptionHook(save=checkpoints.save_now, device=self.device),
         ]
         if self.cfg.DATASETS.TEST:
             hooks.append(EvaluationHook(period=self.cfg.TEST.EVAL_PERIOD, evaluate=self.evaluate_now))
