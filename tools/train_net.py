@@ -44,9 +44,11 @@ def worker(args: argparse.Namespace) -> None:
 
 def start(args: argparse.Namespace) -> None:
     """Start the processes."""
+    cfg = config(args.config_file, tuple(args.opts))
     launch(
         worker,
-        device=config(args.config_file, tuple(args.opts)).MODEL.DEVICE,
+        device=cfg.MODEL.DEVICE,
+        timeout=cfg.SOLVER.DDP.TIMEOUT,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,

@@ -24,6 +24,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from vis.checkpoint import write_text_atomic
 from vis.config import CfgNode
+from vis.engine.peers import explained
 from vis.engine.state import plain_config
 
 logger = logging.getLogger(__name__)
@@ -39,14 +40,15 @@ examples:
     {prog} --config-file cfg.yaml --resume OUTPUT_DIR output/minvis
   evaluate weights
     {prog} --config-file cfg.yaml --eval-only MODEL.WEIGHTS output/minvis/model_final.pth
-  8 GPUs of one machine
+  8 GPUs of one machine (with MODEL.DEVICE cpu: 8 processes)
     {prog} --config-file cfg.yaml --num-gpus 8
     torchrun --nproc-per-node 8 {prog} --config-file cfg.yaml
   2 machines
     (machine 0) {prog} --config-file cfg.yaml --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT
     (machine 1) {prog} --config-file cfg.yaml --num-gpus 8 --num-machines 2 --machine-rank 1 --dist-url tcp://HOST:PORT
 
-SOLVER.IMS_PER_BATCH counts clips over all GPUs together.
+SOLVER.IMS_PER_BATCH counts the clips of an update, over all GPUs together. With SOLVER.REFERENCE_WORLD_SIZE 8, as the
+recipes have it, fewer GPUs accumulate gradients and train on the same batches; the log says in how many steps.
 """
 
 
@@ -182,7 +184,8 @@ def run_tool(function: Callable[..., Any], *args: Any, debug: bool = False) -> i
     Errors of the program itself keep their traceback; ``debug`` keeps all of them.
     """
     try:
-        function(*args)
+        with explained():
+            function(*args)
     except ProcessExitedException as error:  # one of several processes, which has printed its own message
         return error.exit_code or 1
     except (ValueError, OSError, FloatingPointError) as error:
