@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from vis.config import declare
+from vis.layers.effective_batch import effective_mean
 from vis.modeling.matchers.hungarian import Pairs
 from vis.modeling.registry import HEAD_REGISTRY, lookup
 from vis.modeling.transformer_decoders.masked import predict_masks
@@ -106,20 +107,27 @@ def build_heads(cfg: CfgNode, *, embed_dim: int, feature_dim: int) -> Heads:
     return Heads(lookup(HEAD_REGISTRY, name, "MODEL.HEADS")(cfg, **sizes) for name in names)
 
 
-def mask_former_targets(
+def mask_former_losses(
+    heads: Heads,
     outputs: Outputs,
     pairs: Sequence[Pairs],
     masks: Sequence[Tensor],
     image_sizes: Sequence[tuple[int, int]],
-    num_masks: Tensor,
-) -> HeadTargets:
-    """Targets of the heads on a decoder whose masks are ``mask_embeds`` (N, Q, Cm) times ``mask_features``."""
+) -> dict[str, Tensor]:
+    """Losses of the heads on a decoder whose masks are ``mask_embeds`` (N, Q, Cm) times ``mask_features``.
+
+    Args:
+        pairs, masks, image_sizes: of each of the N frames, see :class:`HeadTargets`.
+    """
+    if not len(heads):
+        return {}
     embeds, features = outputs["mask_embeds"], outputs["mask_features"]
+    num_masks = effective_mean("heads.masks", sum(len(queries) for queries, _ in pairs), embeds.device)
 
     def matched_logits(frame: int) -> Tensor:
         return predict_masks(matched_rows(embeds, frame, pairs[frame])[None], features[frame, None])[0]
 
-    return HeadTargets(pairs, masks, image_sizes, num_masks, matched_logits)
+    return heads.losses(outputs, HeadTargets(pairs, masks, image_sizes, num_masks, matched_logits))
 
 
 def refuse_unused(cfg: CfgNode, architecture: Any) -> None:

@@ -13,9 +13,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
-from vis.layers.effective_batch import effective_mean
 from vis.modeling.criterions.ctvis import CTVISCriterion
-from vis.modeling.heads.build import Heads, build_heads, mask_former_targets
+from vis.modeling.heads.build import Heads, build_heads, mask_former_losses
 from vis.modeling.inference import VideoModel
 from vis.modeling.inference.scored import ScoredTracks
 from vis.modeling.registry import TRACKER_REGISTRY, lookup
@@ -83,11 +82,8 @@ class CTVIS(VideoModel):
         streams = len(outputs["pred_logits"]) // len(images)
         targets, sizes = targets * streams, sizes * streams
         losses, pairs = self.criterion.clip_losses_and_matches(outputs, targets)
-        if len(self.heads):
-            num_masks = effective_mean("heads.masks", sum(len(queries) for queries, _ in pairs), self.device)
-            masks = [mask for clip in targets for mask in clip.masks.unbind(1)]
-            losses.update(self.heads.losses(outputs, mask_former_targets(outputs, pairs, masks, sizes, num_masks)))
-        return losses
+        masks = [mask for clip in targets for mask in clip.masks.unbind(1)]
+        return losses | mask_former_losses(self.heads, outputs, pairs, masks, sizes)
 
     def target_counts(self, samples: Sequence[ClipSample]) -> dict[str, float] | None:
         """See :mod:`vis.modeling.segmenter.counts`: every instance of a clip is a target of all its frames."""

@@ -14,9 +14,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
-from vis.layers.effective_batch import effective_mean
 from vis.modeling.criterions.set_criterion import MaskTargets, SetCriterion
-from vis.modeling.heads.build import Heads, build_heads, mask_former_targets
+from vis.modeling.heads.build import Heads, build_heads, mask_former_losses
 from vis.modeling.inference import VideoModel
 from vis.modeling.inference.scored import ScoredTracks
 from vis.modeling.registry import TRACKER_REGISTRY, lookup
@@ -79,12 +78,8 @@ class MinVIS(VideoModel):
         streams = len(outputs["pred_logits"]) // len(targets)
         targets, sizes = targets * streams, sizes * streams
         losses, matches = self.criterion.losses_and_matches(outputs, targets)
-        if len(self.heads):
-            pairs = [layers[-1] for layers in matches]
-            num_masks = effective_mean("heads.masks", sum(len(queries) for queries, _ in pairs), self.device)
-            of_frames = [target.masks for target in targets]
-            losses.update(self.heads.losses(outputs, mask_former_targets(outputs, pairs, of_frames, sizes, num_masks)))
-        return losses
+        pairs, of_frames = [layers[-1] for layers in matches], [target.masks for target in targets]
+        return losses | mask_former_losses(self.heads, outputs, pairs, of_frames, sizes)
 
     def target_counts(self, samples: Sequence[ClipSample]) -> dict[str, float] | None:
         """See :mod:`vis.modeling.segmenter.counts`."""

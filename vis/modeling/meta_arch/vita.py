@@ -19,10 +19,9 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor
 
 from vis.config import declare
-from vis.layers.effective_batch import effective_mean
 from vis.modeling.criterions.set_criterion import MaskTargets, SetCriterion
 from vis.modeling.criterions.vita import VitaCriterion
-from vis.modeling.heads.build import Heads, build_heads, mask_former_targets
+from vis.modeling.heads.build import Heads, build_heads, mask_former_losses
 from vis.modeling.inference import MaskStore, Tracks, VideoModel, class_probabilities
 from vis.modeling.inference.session import VideoSession
 from vis.modeling.inference.vita import QualitySession
@@ -225,10 +224,8 @@ class VITA(VideoModel):
             matches = self._matches(frames, frame_targets)
         else:
             losses, matches = self.criterion.losses_and_matches(frames.output, frame_targets)
-        if len(self.heads):
-            pairs, masks = [layers[-1] for layers in matches], [target.masks for target in frame_targets]
-            count = effective_mean("heads.masks", sum(len(queries) for queries, _ in pairs), self.device)
-            losses |= self.heads.losses(frames.output, mask_former_targets(frames.output, pairs, masks, sizes, count))
+        pairs, masks = [layers[-1] for layers in matches], [target.masks for target in frame_targets]
+        losses |= mask_former_losses(self.heads, frames.output, pairs, masks, sizes)
         video = self.vita_module(frames.frame_queries.unflatten(1, shape))
         features = self.vita_module.mask_features(frames.finest).unflatten(0, shape)
         return losses | self.vita_criterion(video, features, targets, matches)
