@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vis.engine.parity import formula_weight, read_manifest
 from vis.layers.hybrid_association import HybridAssociationLayer, Memory
 from vis.layers.position_encoding import sine_position_encoding
 from vis.modeling.criterions.iai import clip_identities, paint
@@ -301,3 +302,42 @@ def test_results_of_a_video(oracle: ModuleType) -> None:
         expected = oracle.video_scores(frames, 0.05, most)
         assert list(zip(ids.tolist(), labels.tolist(), strict=True)) == [(who, c) for _, who, c in expected]
         assert np.allclose(found, [score for score, _, _ in expected], atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_the_loops_equal_the_release(shared_dir: Path, oracle: ModuleType) -> None:
+    """What everything above is compared with, against the recording of the release: one block, the identity bank."""
+    recorded = np.load(shared_dir / "parity" / "iai_r50.npz")
+    manifest = read_manifest(shared_dir / "parity" / "iai_r50.manifest.json.gz")
+
+    def weights(prefix: str) -> dict[str, np.ndarray]:
+        entries = {name: entry for name, entry in manifest.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): formula_weight(name, entry["shape"], *entry["fill"]).astype(np.float64)
+            for name, entry in entries.items()
+        }
+
+    def given(name: str, tokens: int) -> np.ndarray:
+        """An input made from its name, (tokens, 256); maps are given channel by channel."""
+        name = f"hab.in.{name}"
+        shape = (256, tokens) if name.endswith(("cur", "local_k", "local_v")) else (tokens, 256)
+        drawn = formula_weight(name, shape, 0.0, 1.0).astype(np.float64)
+        drawn *= round(float(recorded[f"check.{name}"][0] / drawn.flat[0]), 3)
+        assert np.allclose(drawn.flat[:8], recorded[f"check.{name}"], atol=1e-6)
+        return drawn.T if shape[0] == 256 else drawn
+
+    def agrees(name: str, found: np.ndarray) -> None:
+        expected = recorded[name].reshape(-1)
+        stride = int(recorded[f"{name}.stride"])
+        assert np.abs(found.reshape(-1)[::stride] - expected).max() < 2e-6 * np.abs(expected).max(), name
+
+    size = (12, 20)
+    block = oracle.Block(weights("lstt.LSTT.layers.0."), size, self_heads=4, attn_heads=2, radius=7)
+    local, stored = (given("local_k", 240), given("local_v", 240)), [(given("global_k", 720), given("global_v", 720))]
+    out, key, u = block(given("cur", 240), local, stored, np.zeros((240, 256)))
+    agrees("hab.out", oracle.layer_norm(out, weights("lstt.LSTT.decoder_norms."), "0").T)
+    agrees("hab.cur_k", key)
+    agrees("hab.mem_v", block.value(u, given("id_emb", 240)))
+    bank = weights("lstt.patch_wise_id_bank.")
+    agrees("bank.out", oracle.id_embedding(recorded["bank.labels"], 21, bank["weight"], bank["bias"]))
