@@ -29,11 +29,18 @@ class Comparison:
             error = relative_error(*(side.reshape(-1) for side in sides))
             self._put(name, error <= bar, f"largest relative error {error:.2e}, allowed {bar:.0e}   {self._size(name)}")
 
-    def equal(self, name: str, found: Tensor, *, order: Array | None = None) -> None:
-        """No difference."""
+    def equal(
+        self,
+        name: str,
+        found: Tensor,
+        *,
+        order: Array | None = None,
+        alike: Callable[[Array], Array] = lambda values: values,
+    ) -> None:
+        """No difference; ``alike`` makes values the same that mean the same."""
         sides = self._sides(name, found, order)
         if sides is not None:
-            different = int((sides[0] != sides[1]).sum())
+            different = int((alike(sides[0]) != alike(sides[1])).sum())
             self._put(name, different == 0, f"{different} of {sides[1].size} differ" if different else "equal")
 
     def pixels(self, name: str, found: Tensor, allowed: int, *, order: Array | None = None) -> None:

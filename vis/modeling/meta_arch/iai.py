@@ -78,7 +78,7 @@ def add_config(cfg: CfgNode) -> None:
     released.UNASSIGNED_NEW = False  # identities that nobody has yet count as "new" where the head names them
     released.TRAIN_MEMORY = False  # in training, frames with new objects are not remembered for that
     released.DROP_PATH = False  # for each token by itself instead of for each frame
-    released.INIT = False  # gates and offsets of the association begin at random instead of as identity
+    released.INIT = False  # gates and offsets begin at random instead of as identity, identities next to zero
     node.TEST = test = type(cfg)()
     # A detection is dropped when better ones leave less than this share of its mask.
     test.MIN_VISIBLE = 0.1
@@ -328,13 +328,15 @@ def original_masks(probs: Tensor, sizes: FrameSizes) -> Tensor:
     """Probabilities (n, H, W) at the padded size -> bool masks at the original size."""
     height, width = sizes.input
     inside = probs[:, :height, :width]
+    if not len(probs):
+        return inside.new_zeros(0, *sizes.output, dtype=torch.bool)
     if sizes.output == sizes.input:
         return inside > 0.5
     chunks = [
         F.interpolate(chunk[None], size=sizes.output, mode="bilinear", align_corners=False)[0] > 0.5
         for chunk in inside.split(_CHUNK)
     ]
-    return torch.cat(chunks) if len(probs) else inside.new_zeros(0, *sizes.output, dtype=torch.bool)
+    return torch.cat(chunks)
 
 
 def _warm_start(model: nn.Module, keys: Any) -> None:

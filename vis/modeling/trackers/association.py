@@ -74,12 +74,19 @@ class IdentityBank(nn.Module):
     Only channels that occur are convolved, since all others are zero.
     """
 
-    def __init__(self, *, num_ids: int, dim: int, kernel: int = 33) -> None:
+    def __init__(self, *, num_ids: int, dim: int, kernel: int = 33, released_init: bool = False) -> None:
+        """Args: ``released_init``: weights begin as noise alone, so that the embedding of a mask is next to nothing
+        beside the normalised tokens it is added to. Else a channel begins as a vector of about their length, times the
+        share of a token's surroundings that the mask covers.
+        """
         super().__init__()
         self.num_ids, self.kernel = num_ids, kernel
         self.weight = nn.Parameter(torch.empty(dim, num_ids + 1, kernel, kernel))
         self.bias = nn.Parameter(torch.empty(dim))
         nn.init.xavier_uniform_(self.weight)
+        if not released_init:
+            with torch.no_grad():
+                self.weight += torch.randn(dim, num_ids + 1, 1, 1) / kernel**2
         # As a convolution's. Before the first frame the embedding is this bias alone.
         bound = (self.weight[0].numel()) ** -0.5
         nn.init.uniform_(self.bias, -bound, bound)
@@ -151,7 +158,7 @@ class Association(nn.Module):
         self.enc_proj = nn.Conv2d(channels, dim, 1)
         self.cls_proj = nn.Conv2d(channels, projected, 1) if class_projector else None
         self.missing = 0 if class_projector else projected
-        self.id_bank = IdentityBank(num_ids=num_ids, dim=dim)
+        self.id_bank = IdentityBank(num_ids=num_ids, dim=dim, released_init=released_init)
         self.layers = nn.ModuleList(
             HybridAssociationLayer(dim=dim, drop_global=index > 0, **layer)  # type: ignore[arg-type]
             for index in range(num_layers)
