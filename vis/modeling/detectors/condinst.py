@@ -28,6 +28,8 @@ _LEVELS = ("p3", "p4", "p5", "p6", "p7")
 _STRIDES = (8, 16, 32, 64, 128)
 # Of the levels, those that the mask branch reads.
 _MASK_LEVELS = 3
+# Masks that are resized together: what that needs beside the result is a few times their size.
+_CHUNK = 16
 
 
 @declare
@@ -251,10 +253,14 @@ class CondInst(Detector):
 
     def mask_probs(self, found: FrameDetections, pyramid: Pyramid, padded_size: tuple[int, int]) -> Tensor:
         """(n, H, W) foreground probabilities: resized from stride 8 to 4 as logits, from there as probabilities."""
+        height, width = padded_size
+        full = found.scores.new_zeros(len(found), height, width)
         if not len(found):
-            return found.scores.new_zeros(0, *padded_size)
+            return full
         params, points, strides = (found.mask_inputs[name] for name in ("params", "points", "strides"))
         frames = torch.zeros(len(found), dtype=torch.int64, device=params.device)
         logits = dynamic_logits(self.mask_features(pyramid), params, frames, points, strides)
-        full = aligned_bilinear(logits.float().sigmoid()[:, None], MASK_STRIDE)[:, 0]
-        return full[:, : padded_size[0], : padded_size[1]]
+        for i in range(0, len(found), _CHUNK):
+            small = logits[i : i + _CHUNK, None].float().sigmoid()
+            full[i : i + _CHUNK] = aligned_bilinear(small, MASK_STRIDE)[:, 0, :height, :width]
+        return full
