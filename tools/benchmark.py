@@ -7,11 +7,12 @@
     python tools/benchmark.py inference --against-plain   # and beside it the released architecture in plain PyTorch
     python tools/benchmark.py inference --beside configs/dvis/ovis_online_r50.yaml   # several models in turn
     python tools/benchmark.py train                  # a training step
+    python tools/benchmark.py train --variants plain bf16 accumulate checkpoint   # whole iterations, with the loader
     python tools/benchmark.py train --against-plain  # and beside it the straightforward one, with dense masks
     python tools/benchmark.py op                     # deformable attention alone, its backends side by side on a CPU
     python tools/benchmark.py op-device              # the same on a GPU: device times, against what it must move
     python tools/benchmark.py linear                 # linear layers on a CPU, beside torch's own
-    python tools/benchmark.py data                   # the loaders, on the synthetic data set
+    python tools/benchmark.py data                   # mapper, decoding, loaders, on the synthetic data set
     python tools/benchmark.py evaluation             # AP of a large result file, beside going pair by pair
 
 KEY VALUE pairs after --opts change the configuration. Without --weights or --manifest the model has its initial
@@ -44,6 +45,7 @@ from vis.engine.benchmarks import (
     op_device,
     plain_train,
     train,
+    train_variants,
 )
 from vis.engine.benchmarks.common import device_name, environment
 
@@ -100,6 +102,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser.add_argument("--warmup", type=int, metavar="N", help="runs before those that count")
     parser.add_argument("--repeats", type=int, metavar="N", help="runs that count")
     parser.add_argument(
+        "--variants",
+        nargs="+",
+        metavar="V",
+        choices=sorted(train_variants.VARIANTS),
+        help=f"train: whole iterations in these ways ({', '.join(train_variants.VARIANTS)})",
+    )
+    parser.add_argument(
         "--end-to-end", action="store_true", help="memory: evaluate a video in files (default model: the demo's)"
     )
     parser.add_argument("--json", metavar="OUT", help="write figures and settings to this file")
@@ -124,6 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.benchmark != "inference" or args.against_plain:
             parser.error("--beside belongs to inference, without --against-plain")
         measure, lines = beside.measure_beside, beside.lines
+    if args.variants:
+        if args.benchmark != "train" or args.against_plain:
+            parser.error("--variants belongs to train, without --against-plain")
+        measure, lines = train_variants.measure_variants, train_variants.lines
     given = {
         key: value for key, value in vars(args).items() if value is not None and key in Settings.__dataclass_fields__
     }

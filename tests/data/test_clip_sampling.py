@@ -106,3 +106,13 @@ def test_images_and_videos_together(joint: CfgNode) -> None:
             turned = {int(frame.gt_masks.tensor.sum()) for frame in sample["instances"]}
             assert not still or len(turned) > 1 or not torch.equal(sample["image"][0], sample["image"][-1])
     assert 35 <= of_images <= 55
+
+
+def test_images_and_videos_together_resume_exactly(joint: CfgNode) -> None:
+    """Which set a batch comes from, and what is drawn in it, follows from the iteration alone."""
+    whole = list(islice(build_train_loader(joint), 24))
+    again = list(islice(build_train_loader(joint, start_iter=15), 9))
+    for before, after in zip(whole[15:], again, strict=True):
+        for one, other in zip(before, after, strict=True):
+            assert (one["video_id"], one["frame_ids"]) == (other["video_id"], other["frame_ids"])
+            assert all(torch.equal(a, b) for a, b in zip(one["image"], other["image"], strict=True))

@@ -54,6 +54,7 @@ class Settings:
         warmup, repeats: runs before, and runs that count.
         beside: more configurations that ``inference`` times in turn with the first.
         end_to_end: ``memory`` evaluates a video in files instead of passing frames to the network.
+        variants: ways to train that ``train`` measures side by side; empty: the bare step alone.
     """
 
     config_file: str = str(ROOT / "configs" / "minvis" / "ytvis19_r50.yaml")
@@ -69,6 +70,7 @@ class Settings:
     repeats: int = 3
     beside: tuple[str, ...] = ()
     end_to_end: bool = False
+    variants: tuple[str, ...] = ()
 
 
 class MovingFrames(Sequence[Tensor]):

@@ -118,9 +118,10 @@ def labelled_clip(settings: Settings, seed: int) -> ClipSample:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The figures in words."""
+    per_second = 1 / result["seconds_per_step"]["median"]
     device = f", device {result['device_peak_mib']:.0f} MiB" if result["device_peak_mib"] is not None else ""
     return [
-        f"{spread(result['seconds_per_step'], 's per step')}; {result['clips']} clips of {result['frames_per_clip']} "
-        f"frame(s) with {result['instances_per_clip']} instances",
+        f"{spread(result['seconds_per_step'], 's per step')}, {per_second:.3g} per second; {result['clips']} clips "
+        f"of {result['frames_per_clip']} frame(s) with {result['instances_per_clip']} instances",
         f"peak {result['peak_mib']:.0f} MiB{device}, {result['state_mib']:.0f} of it weights, gradients, optimizer",
     ]
