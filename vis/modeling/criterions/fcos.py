@@ -52,7 +52,7 @@ class Assignment:
 
 def mass_centres(masks: Tensor) -> Tensor:
     """(n, H, W) bool -> (n, 2) means of the pixels' x and y, counted from 0; 0 for an empty mask."""
-    columns, lines = masks.sum(dim=1).float(), masks.sum(dim=2).float()  # (n, W), (n, H)
+    columns, lines = (masks.sum(dim=axis, dtype=torch.float32) for axis in (1, 2))  # (n, W), (n, H)
     mass = columns.sum(dim=1).clamp(min=1e-6)
     x = columns @ torch.arange(masks.shape[2], device=masks.device, dtype=torch.float32)
     y = lines @ torch.arange(masks.shape[1], device=masks.device, dtype=torch.float32)
