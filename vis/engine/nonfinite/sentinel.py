@@ -135,8 +135,9 @@ class NonFiniteSentinel(HookBase):
             FloatingPointError: it cannot, and no more steps may be left out.
         """
         self._waiting.close()
+        left = numbers.error is not None
         reason = self._reason(numbers)
-        if numbers.error is not None and comm.get_world_size() > 1:
+        if left and comm.get_world_size() > 1:
             # Not a matcher's: this process left the forward pass, and the others wait for it there.
             raise FloatingPointError(f"process {comm.get_rank()}: {reason}") from numbers.error
         if not _anywhere(bool(reason), self.step.device):
