@@ -11,7 +11,7 @@ from vis.engine.defaults import run_tool
 from vis.engine.recipe import check_handovers, checked_start, read_recipe, status
 from vis.engine.sweep import run_sweep
 from vis.engine.sweep_jobs import make_jobs
-from vis.engine.sweep_tool import add_run_options, run_stoppable
+from vis.engine.sweep_tool import add_run_options, run_stoppable, where_to_run
 
 _EPILOG = """
 Stages are in OUTPUT/<recipe>/<stage>. What each hands over is compared with what the next one accepts before the first
@@ -25,6 +25,7 @@ examples:
   python tools/run_recipe.py configs/recipes/dvis_ovis_r50.yaml --num-gpus 8
   python tools/run_recipe.py configs/recipes/dvis_ovis_r50.yaml --from online --weights weights/minvis_ovis_R50.pth
   python tools/run_recipe.py configs/recipes/dvis_ovis_r50.yaml --status
+  python tools/run_recipe.py configs/recipes/dvis_ovis_r50.yaml --slurm partition=gpu nodes=1 minutes=2880
 """
 
 
@@ -45,7 +46,7 @@ def work(args: argparse.Namespace) -> None:
         recipe,
         threads=args.threads,
         set_aside=args.rerun_changed,
-        start=checked_start(),
+        start=checked_start(where_to_run(args)),
         check=check_handovers,
         report_every=args.report_every,
     )

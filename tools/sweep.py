@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from vis.engine.defaults import run_tool
 from vis.engine.sweep import run_sweep, table
 from vis.engine.sweep_file import read_sweep
-from vis.engine.sweep_tool import add_run_options, run_stoppable
+from vis.engine.sweep_tool import add_run_options, run_stoppable, where_to_run
 
 _EPILOG = """
 Runs are in OUTPUT/<sweep>/<setting>/seed<k>, with console.txt, log.txt and manifest.json; the table is in
@@ -22,6 +22,7 @@ exit status: 0 all is finished; 1 a run failed, or the file is wrong; 2 wrong us
 examples:
   python tools/sweep.py configs/sweeps/dvis_noise_tiny.yaml --jobs 2
   python tools/sweep.py configs/sweeps/dvis_noise_tiny.yaml --table-only
+  python tools/sweep.py configs/sweeps/dvis_noise.yaml --jobs 4 --slurm partition=gpu minutes=2880
 """
 
 
@@ -32,7 +33,12 @@ def work(args: argparse.Namespace) -> None:
         print(table(sweep))
         return
     outcome = run_sweep(
-        sweep, jobs=args.jobs, threads=args.threads, set_aside=args.rerun_changed, report_every=args.report_every
+        sweep,
+        jobs=args.jobs,
+        threads=args.threads,
+        set_aside=args.rerun_changed,
+        start=where_to_run(args),
+        report_every=args.report_every,
     )
     print(f"\n{table(sweep)}\n{sweep.folder}/table.csv, table.md, table.tex")
     if outcome.failed:

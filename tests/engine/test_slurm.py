@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,10 @@ import pytest
 
 from vis.checkpoint import read_checkpoint
 from vis.engine import slurm
-from vis.engine.slurm import Command, SlurmOptions, load_tool, script, submit
+from vis.engine.slurm import Command, SlurmOptions, SlurmRun, load_tool, options_of, script, slurm_start, submit
+from vis.engine.sweep import run_sweep
+from vis.engine.sweep_file import read_sweep
+from vis.engine.sweep_jobs import make_jobs
 
 pytest.importorskip("submitit", reason="submitit is not installed")
 
@@ -59,14 +63,19 @@ def test_mistakes(tool: ModuleType, capsys: pytest.CaptureFixture[str], monkeypa
     assert "pip install submitit" in capsys.readouterr().err
 
 
+def fake_cluster(folder: Path, monkeypatch: pytest.MonkeyPatch, programs: dict[str, str]) -> None:
+    """Shell scripts in place of SLURM's programs."""
+    folder.mkdir()
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
 def test_submitted_to_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With programs in place of SLURM's: what is submitted is the script, and the job has the command."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, text in {"sbatch": f'cp "$1" {tmp_path}/submitted; echo Submitted batch job 123', "srun": ""}.items():
-        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    sbatch = f'cp "$1" {tmp_path}/submitted; echo Submitted batch job 123'
+    fake_cluster(tmp_path / "bin", monkeypatch, {"sbatch": sbatch, "srun": ""})
     tools = [("train_net", ["--config-file", "x.yaml"])]
     job = submit(SlurmOptions(gpus_per_node=2, requeues=7), tools, tmp_path / "logs")
     assert job.job_id == "123"
@@ -75,6 +84,53 @@ def test_submitted_to_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert isinstance(delayed.function, Command)
     assert delayed.function.tools == [("train_net", ["--config-file", "x.yaml"])]
     assert delayed._timeout_countdown == 7
+
+
+def test_options() -> None:
+    found = options_of(["partition=gpu", "minutes=90", "setup=a b", "setup=c", "sbatch.exclusive", "sbatch.mem=1G"])
+    assert (found.partition, found.minutes, found.setup) == ("gpu", 90, ("a b", "c"))
+    assert found.parameters(spread=True)["additional_parameters"] == {"requeue": True, "exclusive": True, "mem": "1G"}
+    with pytest.raises(ValueError, match="partitoin=x: expected KEY=VALUE. Did you mean 'partition'"):
+        options_of(["partitoin=x"])
+    with pytest.raises(ValueError, match="expected a number"):
+        options_of(["minutes=1-00:00"])
+
+
+SRUN = """
+while [ "$1" != "{python}" ]; do
+  [ "$1" = --output ] && out=$(echo "$2" | sed s/%j_%t/77_0/)
+  shift
+done
+exec "$@" >"$out" 2>&1"""
+
+
+@pytest.mark.slow
+def test_a_sweep_on_a_cluster(
+    stub_path: str,
+    stub_config: Callable[[str], Path],
+    tmp_path: Path,
+    project_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each run is a job; one that is in the queue already is not submitted again."""
+    monkeypatch.setenv("PYTHONPATH", f"{project_root}{os.pathsep}{stub_path}")
+    sbatch = 'export SLURM_JOB_ID=77 SLURM_PROCID=0; (sh "$1" >/dev/null 2>&1 &)\n'
+    sbatch += f"echo x >>{tmp_path}/submissions; echo Submitted batch job 77"
+    srun = SRUN.format(python=sys.executable)
+    fake_cluster(
+        tmp_path / "bin", monkeypatch, {"sbatch": sbatch, "srun": srun, "sacct": "echo 'JobID|State|NodeList'"}
+    )
+    config = stub_config("unused")
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"output: {tmp_path}\nconfig: {config}\nsettings: {{one: {{}}}}\n")
+    sweep = read_sweep(file)
+    (job,) = make_jobs(sweep)
+    start = slurm_start(options_of(["gpus_per_node=0", "minutes=9"]))
+    job.folder.mkdir(parents=True)
+    assert isinstance(start(job, {}), SlurmRun)
+    outcome = run_sweep(sweep, start=start)
+    assert outcome.finished == ["one/seed0"]
+    assert (tmp_path / "submissions").read_text() == "x\n"
 
 
 @pytest.mark.slow

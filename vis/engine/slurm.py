@@ -16,18 +16,24 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+from vis.checkpoint import write_text_atomic
+from vis.config import closest
 from vis.engine.preemption import EXIT_STATUS, Preempted
+from vis.engine.processes import Running, tail
+from vis.engine.sweep import Start
+from vis.engine.sweep_jobs import Job, commands
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Tools whose processes work together; of the others one task runs, which uses the GPUs of its node by itself.
 SPREAD = ("train_net", "multi_scale_test")
+JOB_FILE = "slurm_job.txt"
 _WAIT = 600  # seconds that other tasks wait for the first one to requeue the job, which ends them
 
 
@@ -212,3 +218,84 @@ def submit(options: SlurmOptions, tools: Sequence[tuple[str, Sequence[str]]], fo
         raise ValueError(f"{error} --dry-run shows the script on any machine") from error
     executor.update_parameters(**options.parameters(spread=spreads(tools)))
     return executor.submit(Command(tools, os.getcwd()))
+
+
+class SlurmRun:
+    """A job of the cluster as the run of a sweep or recipe. It stays in the queue when the sweep is stopped."""
+
+    def __init__(self, job: Any) -> None:
+        self.job = job
+        self.started = time.monotonic()
+
+    def poll(self) -> int | None:
+        """0 or 1 when it is over, None before."""
+        if not self.job.done():
+            return None
+        return 0 if self.job.exception() is None else 1
+
+    def seconds(self) -> float:
+        """Since this process knows of it, waiting included."""
+        return time.monotonic() - self.started
+
+    def last_words(self) -> str:
+        """The end of its output."""
+        return "\n".join(tail(path, 12) for path in (self.job.paths.stdout, self.job.paths.stderr))
+
+    def terminate(self) -> None:
+        """Leave it in the queue."""
+
+    def kill(self) -> None:
+        """Leave it in the queue."""
+
+
+def slurm_start(options: SlurmOptions) -> Start:
+    """Runs the jobs of a sweep on the cluster, with as many GPUs as a setting has (none with ``gpus_per_node`` 0).
+
+    A job that an earlier call submitted and that is not over is waited for, not submitted again.
+    """
+
+    def start(job: Job, environment: dict[str, str]) -> Running:
+        known = job.folder / JOB_FILE
+        logs = job.folder / "slurm"
+        if known.is_file():
+            number = known.read_text(encoding="utf-8").strip()
+            found = load_submitit().SlurmJob(folder=str(logs.absolute()), job_id=number)
+            if not found.done(force_check=True):
+                logger.info("%s is job %s already", job.name, number)
+                return SlurmRun(found)
+        gpus = job.setting.num_gpus if options.gpus_per_node else 0
+        tools = [(words[0], words[1:]) for words in commands(job, lambda tool: [tool])]
+        name = f"{options.job_name}-{job.name.replace('/', '-')}"
+        found = submit(replace(options, gpus_per_node=gpus, job_name=name), tools, logs)
+        write_text_atomic(f"{found.job_id}\n", known)
+        logger.info("%s is job %s", job.name, found.job_id)
+        return SlurmRun(found)
+
+    return start
+
+
+def options_of(words: Sequence[str]) -> SlurmOptions:
+    """From ``KEY=VALUE`` words: fields of :class:`SlurmOptions`, and ``sbatch.KEY=VALUE`` for any other option.
+
+    Raises:
+        ValueError: a key is unknown, or a value is not what it should be.
+    """
+    known = {item.name: item for item in fields(SlurmOptions) if item.name not in ("more", "setup")}
+    chosen: dict[str, Any] = {"more": {}, "setup": ()}
+    for word in words:
+        key, separator, value = word.partition("=")
+        if key.startswith("sbatch."):
+            chosen["more"][key.removeprefix("sbatch.")] = value if separator else True
+        elif key == "setup":
+            chosen["setup"] += (value,)
+        elif key not in known or not separator:
+            raise ValueError(
+                f"--slurm {word}: expected KEY=VALUE.{closest(key, known)} Keys: {', '.join(known)}, setup"
+            )
+        elif isinstance(known[key].default, int):
+            if not value.isdigit():
+                raise ValueError(f"--slurm {word}: expected a number")
+            chosen[key] = int(value)
+        else:
+            chosen[key] = value
+    return SlurmOptions(**chosen)

@@ -270,7 +270,7 @@ class _Runner:
                 self._report()
             else:
                 why = f"exit status {status}" if status else f"exit status 0, but {job.manifest} does not say finished"
-                self._failed(job, f"{why}; the end of {job.folder / LOG}:\n{_indent(child.last_words())}")
+                self._failed(job, f"{why}; the end of its output (in {job.folder}):\n{_indent(child.last_words())}")
 
     def _failed(self, job: Job, why: str) -> None:
         self.outcome.failed[job.name] = why

@@ -9,6 +9,9 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+from vis.engine.slurm import options_of, slurm_start
+from vis.engine.sweep import Start, local_start
+
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of both."""
@@ -20,13 +23,25 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report-every", type=float, default=60, metavar="SECONDS", help="between lines of progress (default: 60)"
     )
+    parser.add_argument(
+        "--slurm",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="submit each run as a job and wait for them: partition, account, qos, constraint, nodes, cpus, memory, "
+        "minutes, requeues, signal_before, job_name, setup, sbatch.<any option>",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
+
+
+def where_to_run(args: argparse.Namespace) -> Start:
+    """Here, or on the cluster with ``--slurm``."""
+    return local_start() if args.slurm is None else slurm_start(options_of(args.slurm))
 
 
 def run_stoppable(function: Callable[[], int]) -> int:
     """Call ``function`` for the exit status; SIGTERM ends it as Ctrl-C does, after its runs were told."""
     logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%m/%d %H:%M:%S", level=logging.WARNING)
-    for name in ("vis.engine.sweep", "vis.engine.recipe"):
+    for name in ("vis.engine.sweep", "vis.engine.recipe", "vis.engine.slurm"):
         logging.getLogger(name).setLevel(logging.INFO)
     before = signal.signal(signal.SIGTERM, _stop)
     try:
