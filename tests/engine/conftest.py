@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # for layouts.py, which tests import
 
 CONFIG = """
 IMPORTS: ["training_stub"]

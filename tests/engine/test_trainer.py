@@ -139,7 +139,7 @@ def test_what_a_matcher_finds_is_said_with_the_iteration(
 def test_amp_on_the_cpu_is_said(train: Callable[..., Trainer], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING"):
         train("SOLVER.AMP.ENABLED", "True", "SOLVER.MAX_ITER", "1")
-    assert "mixed precision applies to CUDA only" in caplog.text
+    assert "mixed precision in float16 applies to CUDA only" in caplog.text
     with pytest.raises(ValueError, match="SOLVER.AMP.DTYPE 'float8' is not one of float16, bfloat16"):
         train("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float8")
 

@@ -28,7 +28,7 @@ from vis.engine.ema import build_average
 from vis.engine.evaluation import check_test_set, evaluate, evaluate_only
 from vis.engine.hooks import CheckpointHook, EvaluationHook, MetricPrinter
 from vis.engine.nonfinite import build_sentinel
-from vis.engine.precision import mixed_precision
+from vis.engine.precision import compile_parts, mixed_precision
 from vis.engine.preemption import PreemptionHook
 from vis.engine.state import (
     LAST,
@@ -89,6 +89,7 @@ class Trainer(TrainerBase):
         self.module.train()
         self.optimizer = build_optimizer(cfg, self.module)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
+        compile_parts(cfg, self.module)
         self.model = data_parallel(cfg, self.module, self.device)
         dtype, scaler = mixed_precision(cfg, self.device)
         self.step = TrainingStep(

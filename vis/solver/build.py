@@ -23,7 +23,7 @@ def add_config(cfg: CfgNode) -> None:
     # WarmupPolyLR: the exponent, and a floor as a fraction of the base rate (0 for none).
     cfg.SOLVER.POLY_LR_POWER = 0.9
     cfg.SOLVER.POLY_LR_CONSTANT_ENDING = 0.0
-    # "float16" scales the loss, "bfloat16" has the range not to need it. Mixed precision is for CUDA only.
+    # "float16" scales the loss and is for CUDA only, "bfloat16" has the range not to need it.
     cfg.SOLVER.AMP.DTYPE = "float16"
     # How many of the periodic checkpoints stay on disk, counted from the newest; 0 keeps all.
     cfg.SOLVER.CHECKPOINT_KEEP = 0
