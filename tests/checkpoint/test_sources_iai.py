@@ -177,6 +177,25 @@ def test_another_number_of_ids(iai: State, skeleton: Callable[..., Any], tmp_pat
         load_weights(skeleton(state, WEIGHT_STAGES=STAGES), path, training=False)
 
 
+def test_another_number_of_ids_on_mask_rcnn(iai: State, skeleton: Callable[..., Any], tmp_path: Path) -> None:
+    """A softmax over ids has one more, for background, as the bank has."""
+    head = "image_model.roi_heads.id_head.predictor."
+    state = {f"image_model.{name}": value for name, value in mask_rcnn(iai).items()}
+    state |= {
+        f"{head}weight": torch.ones(21, 3),
+        f"{head}bias": torch.ones(21),
+        "association.enc_proj.bias": torch.ones(4),
+    }
+    torch.save({"model": state}, tmp_path / "w.pth")
+    other = state | {f"{head}weight": torch.zeros(26, 3), f"{head}bias": torch.zeros(26)}
+    model = skeleton(other, WEIGHT_STAGES={"iai": ()})
+    report = load_weights(model, tmp_path / "w.pth")
+    assert (report.stage, len(report.other_ids)) == ("iai", 2)
+    assert not model.get_parameter(f"{head}weight").any()
+    with pytest.raises(ValueError, match="was trained with MODEL.IAI.NUM_IDS 20, this model has 25"):
+        load_weights(model, tmp_path / "w.pth", training=False)
+
+
 def adelaidet(state: State) -> State:
     """CondInst's COCO file: towers with biases, the controller outside, a mask head of tables."""
     named = {name.removeprefix("image_model."): value for name, value in ours(condinst_of(state)).items()}
@@ -232,7 +251,10 @@ def test_mask_rcnn_of_detectron2(
     arrays = {name: value.numpy() for name, value in state.items()}
     path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
     under = {f"image_model.{name}": value for name, value in mask_rcnn(iai, len(OVIS)).items()}
-    extra = {"image_model.roi_heads.id_fc.weight": torch.zeros(3, 2), "association.enc_proj.bias": torch.zeros(4)}
+    extra = {
+        "image_model.roi_heads.id_head.predictor.weight": torch.zeros(21, 2),
+        "association.enc_proj.bias": torch.zeros(4),
+    }
     stages = {"mask_rcnn": ("association.", "image_model.roi_heads.id_"), "iai": ()}
     model = skeleton(under | extra, WEIGHT_STAGES=stages)
     report = load_weights(model, path, class_map=ClassMap(OVIS))

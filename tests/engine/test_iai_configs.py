@@ -43,7 +43,7 @@ def tiny(path: Path, *options: Any) -> CfgNode:
     keys |= {"MODEL.IAI.DIM": 64, "MODEL.IAI.SELF_HEADS": 2, "MODEL.IAI.FFN_DIM": 128, "MODEL.WEIGHTS": ""}
     keys |= {"MODEL.DEVICE": "cpu", "SOLVER.IMS_PER_BATCH": 2, "DATALOADER.NUM_WORKERS": 0}
     keys |= {"DATASETS.TRAIN": ("synthetic_ovis_train",), "DATASETS.TEST": ("synthetic_ovis_val",)}
-    keys |= {"INPUT.MIN_SIZE_TEST": 0, "TEST.PREFETCH_FRAMES": 0}
+    keys |= {"INPUT.MIN_SIZE_TEST": 64, "TEST.PREFETCH_FRAMES": 0}
     return load_cfg(str(path), [word for pair in keys.items() for word in pair] + list(options))
 
 
