@@ -19,6 +19,10 @@ CLASS_HEAD = "sem_seg_head.predictor.class_embed.weight"
 COCO_ROWS = (81, 134)
 
 
+# A detector with other names (IDOL, IAI, MaskTrack R-CNN) can start from the backbone of any of them.
+_PART = ("backbone.",)
+
+
 def _is_segmenter(names: Names) -> bool:
     return names.any(r"sem_seg_head\.predictor\.") and not names.any(r"(tracker|refiner|offline_tracker|vita_module)\.")
 
@@ -34,6 +38,7 @@ register(
         recognise=lambda names: _is_segmenter(names) and names.any(r"sem_seg_head\.predictor\.reid_embed\."),
         stage=always("ctvis"),
         to_ours=EARLIER,
+        part=_PART,
     ),
     Source(
         name="mask2former",
@@ -41,6 +46,7 @@ register(
         recognise=lambda names: _is_segmenter(names) and _has_coco_classes(names),
         stage=always("image"),
         to_ours=EARLIER,
+        part=_PART,
     ),
     Source(
         name="minvis",
@@ -48,5 +54,6 @@ register(
         recognise=_is_segmenter,
         stage=always("segmenter"),
         to_ours=EARLIER,
+        part=_PART,
     ),
 )
