@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from vis.engine.parity.common import Array, Check, read_npz
 from vis.engine.parity.compared import Comparison
+from vis.engine.parity.iai_margins import assignment_margin, compare_margins, detection_margins
 from vis.engine.parity.iai_parts import check_parts
 from vis.engine.parity.iai_training import check_training
 from vis.modeling.criterions.iai import paint
 from vis.modeling.inference.growing import FrameSizes, GrowingTracks, ResultRules
 from vis.modeling.meta_arch.iai import IAI, original_masks
-from vis.modeling.trackers.identified_frames import FrameResult, VideoState
+from vis.modeling.trackers.identified_frames import RANK_FIRST, RANK_LATER, FrameResult, VideoState
 from vis.modeling.trackers.identity import exclusive
 from vis.structures.rle import area
 
@@ -38,8 +39,6 @@ OPTIONS: list[Any] = [
     *("MODEL.IAI.SEQUENTIAL", True),
     *("MODEL.IAI.DROP_PATH", 0.0),
 ]
-#: Recorded for people who judge a difference, no output of a model: how near its decisions were to others.
-_MARGINS = "margin."
 _LEVELS = ("p3", "p4", "p5", "p6", "p7")
 
 
@@ -98,7 +97,6 @@ def replay(model: nn.Module, path: str | Path, refill: Callable[[], None], only:
         check_parts(model, compared)
     check_training(model, compared, recorded_masks(recorded), refill)
     refill()
-    compared.skip(lambda name: _MARGINS in name, "of the recording's decisions, no output of a model")
     compared.skip(lambda name: name in ("pad.input",) or name.startswith("gt.masks."), "input")
     return compared.finished()
 
@@ -174,14 +172,18 @@ def _replay(model: IAI, prefix: str, run: Run, compared: Comparison) -> None:
         for t in range(len(images)):
             features = model.image_model.bottom_up(images[t, None])
             given = None if maps is None or run.new is None else (maps[t], run.new[t])
-            first = state.identities.length == 0
+            first, known = state.identities.length == 0, state.identities.next_id
             result, state = model.step(features, sizes, state, given)
             tracks.add(*model.report(result, sizes))
             written, new = (result.labels, result.identified.new) if given is None else given
             _frame_arrays(model, f"{prefix}f{t}.", result, state, compared, run)
             _collect(video, model, result, state, sizes, written, new)
+            video.add(margins=detection_margins(model, result, size, RANK_FIRST if first else RANK_LATER))
             if not first and len(result.found):
                 video.columns.append(result.identified.columns or [])
+                assert result.found.id_probs is not None
+                margin = assignment_margin(result.found.id_probs[result.kept], known)
+                video.add(assign=margin)
     _compare_video(video, prefix, run, compared, model)
     _compare_results(tracks, video, prefix, run, compared, model)
 
@@ -277,6 +279,9 @@ def _compare_video(video: _Video, prefix: str, run: Run, compared: Comparison, m
         compared.pixels(f"{prefix}frame.{name}", torch.stack(video.rows[name]), run.pixels)
     compared.close(f"{prefix}frame.cls", torch.stack(video.rows["frame_cls"]), run.bar)
     compared.equal(f"{prefix}frame.new_next", torch.stack(video.rows["new_next"]))
+    compare_margins(compared, f"{prefix}margin.thr_rank_nms", torch.stack(video.rows["margins"]), run.bar)
+    if f"{prefix}margin.assign" in compared.recorded:
+        compare_margins(compared, f"{prefix}margin.assign", torch.tensor(video.rows.get("assign", [])), run.bar)
 
 
 def _compare_results(

@@ -86,7 +86,7 @@ class IdentityBank(nn.Module):
         nn.init.xavier_uniform_(self.weight)
         if not released_init:
             with torch.no_grad():
-                self.weight += torch.randn(dim, num_ids + 1, 1, 1) / kernel**2
+                self.weight.add_(torch.randn(dim, num_ids + 1, 1, 1) / kernel**2)
         # As a convolution's. Before the first frame the embedding is this bias alone.
         bound = (self.weight[0].numel()) ** -0.5
         nn.init.uniform_(self.bias, -bound, bound)

@@ -18,8 +18,9 @@ from vis.modeling.trackers.identity import (
     visible_parts,
 )
 
-# Weights of the best class and of the best id in the rank of a detection: in a video's first frame, and later.
-_RANK_FIRST, _RANK_LATER, _RANK_WITHOUT_IDS = (1.0, 0.5), (0.5, 1.0), (1.0, 0.0)
+#: Weights of the best class and of the best id in the rank of a detection: in a video's first frame, and later.
+RANK_FIRST, RANK_LATER = (1.0, 0.5), (0.5, 1.0)
+_RANK_WITHOUT_IDS = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class FrameIdentifier:
         if self.association is not None:
             replaced, current = self.association.read(replaced, state.memory)
         pyramid = self.image_model.top_down({**features, "res5": replaced})
-        weights = _RANK_FIRST if state.identities.length == 0 else _RANK_LATER
+        weights = RANK_FIRST if state.identities.length == 0 else RANK_LATER
         if not self.image_model.num_ids:
             weights = _RANK_WITHOUT_IDS
         found = self.image_model.detect(pyramid, input_size, weights=weights)
