@@ -282,13 +282,13 @@ def test_a_driver_that_torch_does_not_fit(cuda: str | None, said: str, monkeypat
 
 
 def test_the_estimate_of_memory(config: str) -> None:
-    """At a size that was not tried: within a tenth of what a step of that size keeps."""
+    """At a size that was not tried, of frames that are padded: within a twentieth of what a step of that size keeps."""
     cfg = load_cfg(config, ["MODEL.DEVICE", "cpu"])
     model = build_model(cfg).train()
     found = estimate(cfg, model, context=nullcontext)
-    size = (224, 352)
+    size = (210, 330)
     kept = saved_bytes(model, clips(cfg, model, size, 1), context=nullcontext)
-    assert found.activations(1, size) == pytest.approx(kept, rel=0.1)
+    assert found.activations(1, size) == pytest.approx(kept, rel=0.05)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found.state >= 4 * 4 * parameters
     assert found.total(3) == found.state + 3 * found.activations()

@@ -22,7 +22,7 @@ from vis.engine.benchmarks.train import labelled_clip
 from vis.structures import ClipSample
 
 #: (height, width) of the two steps.
-SIZES = ((96, 160), (160, 256))
+SIZES = ((96, 160), (192, 320))
 _STRIDE = 32
 _ASPECT = 16 / 9
 
@@ -45,7 +45,7 @@ class Estimate:
 
     def activations(self, clips: int = 1, size: tuple[int, int] | None = None) -> float:
         """What ``clips`` clips keep for the backward pass."""
-        height, width = size or self.size
+        height, width = padded(size or self.size)
         return clips * (self.fixed + self.per_pixel * height * width)
 
     def total(self, clips: int = 1) -> float:
@@ -84,7 +84,13 @@ def largest_size(cfg: CfgNode) -> tuple[int, int]:
     short = max(sizes) if isinstance(sizes, Sequence) else sizes
     wide = min(round(short * _ASPECT), cfg.INPUT.MAX_SIZE_TRAIN)
     short = min(short, round(wide / _ASPECT))
-    return tuple(-(-side // _STRIDE) * _STRIDE for side in (short, wide))  # type: ignore[return-value]
+    return padded((short, wide))
+
+
+def padded(size: tuple[int, int]) -> tuple[int, int]:
+    """As the models pad frames."""
+    height, width = (-(-side // _STRIDE) * _STRIDE for side in size)
+    return height, width
 
 
 def clips(cfg: CfgNode, model: nn.Module, size: tuple[int, int], frames: int) -> list[ClipSample]:

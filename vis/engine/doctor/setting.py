@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,15 +30,12 @@ def check_data(cfg: CfgNode) -> Iterator[Finding]:
 
 def _data_set(name: str, trained: bool) -> Finding:
     what = "data"
-    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     try:
         dataset = get_dataset(name)
         json_file, image_root = dataset.json_file, dataset.image_root
     except FileNotFoundError as error:
-        hint = f"DETECTRON2_DATASETS is {root!r}: datasets/README.md has the folders that are looked for"
-        if name.startswith("synthetic_"):
-            hint = f"python datasets/prepare_synthetic.py makes it under DETECTRON2_DATASETS (now {root!r})"
-        return bad(what, f"{name}: {error}", hint)
+        made = "python datasets/prepare_synthetic.py makes it" if name.startswith("synthetic_") else ""
+        return bad(what, f"{name}: {error}", made)
     except ValueError as error:
         return bad(what, f"{name}: {error}")
     report = check_ytvis_json(json_file, image_root, file_format=dataset.file_format, expected=dataset.expected)
