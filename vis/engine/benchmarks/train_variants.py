@@ -33,12 +33,13 @@ from vis.engine.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+_FLOAT32, _AT_ONCE = ("SOLVER.AMP.ENABLED", "False"), ("SOLVER.ACCUMULATE_STEPS", "1")
 #: name -> keys that are set; "plain" is what the others are compared with.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "plain": ("SOLVER.AMP.ENABLED", "False"),
-    "bf16": ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16"),
-    "accumulate": ("SOLVER.AMP.ENABLED", "False", "SOLVER.ACCUMULATE_STEPS", "2"),
-    "checkpoint": ("SOLVER.AMP.ENABLED", "False"),
+    "plain": (*_FLOAT32, *_AT_ONCE),
+    "bf16": ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16", *_AT_ONCE),
+    "accumulate": (*_FLOAT32, "SOLVER.ACCUMULATE_STEPS", "2"),
+    "checkpoint": (*_FLOAT32, *_AT_ONCE),
 }
 #: What "checkpoint" switches on, where the configuration's parts have it: layers are computed again in backward.
 _CHECKPOINT_KEYS = (

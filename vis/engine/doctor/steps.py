@@ -9,6 +9,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from vis.config import CfgNode
+from vis.data.layout import batch_layout
 from vis.data.loaders import build_train_loader
 from vis.engine.benchmarks.common import resident_bytes
 from vis.engine.doctor.findings import BAD, Finding, bad, good, note
@@ -48,7 +49,11 @@ def check_training(cfg: CfgNode, *, steps: int, processes: int = 1, download: bo
 
 def _memory(cfg: CfgNode, trainer: Trainer, processes: int) -> Finding:
     what = "memory"
-    clips = -(-cfg.SOLVER.IMS_PER_BATCH // (processes * trainer.layout.steps))
+    try:
+        layout = batch_layout(cfg, world_size=processes)
+    except ValueError as error:
+        return bad(what, str(error))
+    clips = layout.per_part
     try:
         found = estimate(
             *(cfg, trainer.module),
@@ -61,7 +66,7 @@ def _memory(cfg: CfgNode, trainer: Trainer, processes: int) -> Finding:
     text = (
         f"about {found.total(clips) / GIB:.2f} GiB per process: {found.state / GIB:.2f} for weights, gradients and "
         f"optimizer, {found.activations(clips) / GIB:.2f} for {clips} clips of {found.frames} frames of "
-        f"{height}x{width}\n(from what two small steps keep; without workspace of kernels and the CUDA context)"
+        f"{height}x{width}\n({layout}; from what two small steps keep, without workspace of kernels and CUDA context)"
     )
     if trainer.device.type != "cuda":
         return good(what, text)
