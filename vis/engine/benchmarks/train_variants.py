@@ -44,6 +44,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 #: What "checkpoint" switches on, where the configuration's parts have it: layers are computed again in backward.
 _CHECKPOINT_KEYS = (
     "MODEL.SWIN.USE_CHECKPOINT",
+    "MODEL.VIT_ADAPTER.WITH_CP",
     "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_CHECKPOINT",
     "MODEL.IDOL.ENC_CHECKPOINT",
 )
@@ -145,8 +146,9 @@ def _configuration(settings: Settings, name: str, root: str) -> CfgNode:
 
 def _used(cfg: CfgNode, key: str) -> bool:
     """Whether the configuration has the part that the key belongs to."""
-    if key.startswith("MODEL.SWIN."):
-        return "swin" in cfg.MODEL.BACKBONE.NAME.lower()
+    for part, name in (("MODEL.SWIN.", "swin"), ("MODEL.VIT_ADAPTER.", "vit")):
+        if key.startswith(part):
+            return name in cfg.MODEL.BACKBONE.NAME.lower()
     return (cfg.MODEL.META_ARCHITECTURE == "IDOL") == key.startswith("MODEL.IDOL.")
 
 
