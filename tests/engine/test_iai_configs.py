@@ -41,7 +41,8 @@ def tiny(path: Path, *options: Any) -> CfgNode:
     keys = flat(yaml.safe_load((ROOT / "_base_" / "models" / f"{SMALL[name]}.yaml").read_text()))
     keys = {key: value for key, value in keys.items() if not key.startswith(("INPUT.", "MODEL.MASK_FORMER"))}
     keys |= {"MODEL.IAI.DIM": 64, "MODEL.IAI.SELF_HEADS": 2, "MODEL.IAI.FFN_DIM": 128, "MODEL.WEIGHTS": ""}
-    keys |= {"MODEL.DEVICE": "cpu", "SOLVER.IMS_PER_BATCH": 2, "DATALOADER.NUM_WORKERS": 0}
+    keys |= {"MODEL.DEVICE": "cpu", "SOLVER.IMS_PER_BATCH": 2, "SOLVER.REFERENCE_WORLD_SIZE": 0}
+    keys |= {"DATALOADER.NUM_WORKERS": 0}
     keys |= {"DATASETS.TRAIN": ("synthetic_ovis_train",), "DATASETS.TEST": ("synthetic_ovis_val",)}
     keys |= {"INPUT.MIN_SIZE_TEST": 64, "TEST.PREFETCH_FRAMES": 0}
     return load_cfg(str(path), [word for pair in keys.items() for word in pair] + list(options))

@@ -82,8 +82,8 @@ def test_parts_of_any_size(train: Train, method: str) -> None:
 def test_the_normalizer_matters(train: Train) -> None:
     """What the statement about parts of any size is worth: counts of each part alone give other gradients."""
     plain = ["MODEL.RESNETS.NORM", "FrozenBN", "SOLVER.MAX_ITER", "1"]
-    whole, parts = (train("idol", 1, steps, REFERENCE, "1", "MODEL.IDOL.DROPOUT", "0.0", *plain) for steps in (1, 2))
-    assert layouts.difference(whole, parts, "gradients") > 100 * GRADIENTS
+    whole, parts = (train("minvis", 1, steps, REFERENCE, "1", *plain) for steps in (1, 4))
+    assert layouts.difference(whole, parts, "gradients") > 10 * GRADIENTS
 
 
 def test_resuming_with_another_number_of_processes(train: Train, tmp_path: Path) -> None:

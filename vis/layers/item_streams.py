@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["of_item", "part_streams"]
+__all__ = ["item_seed", "of_item", "part_streams"]
 
 # Apart from the streams of the sampler of batches.
 _PART_STREAM, _ITEM_STREAM = 11, 12
@@ -85,6 +85,14 @@ def of_item(item: int, items: int) -> Iterator[None]:
         part.inside = False
         part.states[key] = _state()
         _set_state(outside)
+
+
+def item_seed(item: int, items: int) -> int | None:
+    """A seed from the stream of an item, for a generator of its own; None outside of a training."""
+    if _current.get() is None:
+        return None
+    with of_item(item, items):
+        return int(torch.randint(2**62, ()))
 
 
 def _number(*words: int) -> int:

@@ -21,6 +21,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from vis.config import declare
+from vis.layers.item_streams import item_seed
 from vis.modeling.criterions.iai import ClipIdentities, clip_identities, frame_targets, identity_maps
 from vis.modeling.detectors.base import Detector, Pyramid, build_detector
 from vis.modeling.inference.growing import FrameSizes, GrowingModel, ResultRules, TrackedFrame
@@ -195,13 +196,16 @@ class IAI(GrowingModel):
         """Called by the trainer before each step: its draws depend on the iteration and the process alone."""
         self._iteration, self._calls = iteration, 0
 
-    def _draws(self) -> torch.Generator | None:
-        """Of the identities of one batch; an iteration may have several."""
+    def _draws(self, clips: int) -> list[torch.Generator | None]:
+        """Of the identities of each clip of a batch: in a training by its place in the effective batch."""
         if not self.id_shuffle:
-            return None
+            return [None] * clips
+        seeds = [seed for seed in (item_seed(b, clips) for b in range(clips)) if seed is not None]
+        if seeds:
+            return [torch.Generator().manual_seed(seed) for seed in seeds]
         number = (self.seed * 1_000_003 + self._iteration) * 1_000_003 + self._calls
         self._calls += 1
-        return torch.Generator().manual_seed((number * 4096 + comm.get_rank()) % 2**63)
+        return [torch.Generator().manual_seed((number * 4096 + comm.get_rank()) % 2**63)] * clips
 
     def losses(self, samples: Sequence[ClipSample]) -> dict[str, Tensor]:
         """Losses of B clips of T frames: means over the frames.
@@ -222,8 +226,8 @@ class IAI(GrowingModel):
             raise ValueError(f"clips of one batch must have one length (INPUT.SAMPLING_FRAME_NUM), found {lengths}")
         images = self.normalizer([frame for sample in samples for frame in sample["image"]])
         padded = (int(images.shape[-2]), int(images.shape[-1]))
-        generator = self._draws()
-        clips = [self._identities(sample, generator) for sample in samples]
+        draws = self._draws(len(samples))
+        clips = [self._identities(*pair) for pair in zip(samples, draws, strict=True)]
         targets = [
             [frame_targets(frame, clip, t, padded, self.device) for t, frame in enumerate(sample["instances"])]
             for sample, clip in zip(samples, clips, strict=True)
