@@ -101,6 +101,17 @@ def test_a_json_that_is_cut_off(doctor: Callable[..., tuple[int, str]], folder: 
     assert "python tools/check_dataset.py synthetic_ytvis_train" in said
 
 
+def test_a_json_of_ones_own_that_is_broken(doctor: Callable[..., tuple[int, str]], folder: Path) -> None:
+    """The number of classes comes from it, so that the configuration cannot be read before it is mended."""
+    (folder / "mine.json").write_text('{"videos": [], "categories": []}')
+    custom = [{"NAME": "my_train", "JSON": str(folder / "mine.json"), "ROOT": str(folder)}]
+    status, said = doctor("DATASETS.CUSTOM", repr(custom), "DATASETS.TRAIN", "('my_train',)")
+    assert status == 1
+    assert "ERROR data:" in said
+    assert "mine.json" in said
+    assert "mend it first" in said
+
+
 def test_a_frame_that_is_missing(doctor: Callable[..., tuple[int, str]], folder: Path) -> None:
     frame = next((folder / "val" / "JPEGImages").rglob("*.*g"))
     frame.unlink()

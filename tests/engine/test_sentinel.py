@@ -75,14 +75,15 @@ def demo(
     return make
 
 
-def at(trainer: Trainer, iteration: int, plant: Callable[[Any], Any]) -> None:
-    """Let ``plant`` change the batch of one iteration."""
+def at(trainer: Trainer, iteration: int, plant: Callable[[Any], Any], part: int = 0) -> None:
+    """Let ``plant`` change a part of the batch of one iteration."""
     step = trainer.run_step
 
     def run_step() -> None:
         if trainer.iter == iteration:
-            first, *others = trainer._first if trainer._first is not None else trainer._batches()
-            trainer._first = [plant(first) or first, *others]
+            parts = list(trainer._first if trainer._first is not None else trainer._batches())
+            parts[part] = plant(parts[part]) or parts[part]
+            trainer._first = parts
         step()
 
     trainer.run_step = run_step  # type: ignore[method-assign]
@@ -188,6 +189,20 @@ def test_nan_in_a_gradient_alone(stub: Callable[..., Trainer], tmp_path: Path) -
     assert first.kind == "gradient"
     assert "the first one on the way back" in first.text
     assert not replay(dump_of(tmp_path / "out", 0)).reproduced, "what is not in the dump does not come again"
+
+
+def test_nan_in_one_part_of_a_batch(stub: Callable[..., Trainer], tmp_path: Path) -> None:
+    """Gradients are added up over two parts: both are kept, each with its random numbers."""
+    trainer = stub("SOLVER.ACCUMULATE_STEPS", "2", "SOLVER.IMS_PER_BATCH", "4")
+    at(trainer, 1, poison, part=1)
+    with pytest.raises(FloatingPointError, match="loss is not finite at iteration 1"):
+        trainer.train()
+    dump = dump_of(tmp_path / "out", 1)
+    assert [len(batch) for batch in read_record(dump).batches] == [2, 2]
+    again = replay(dump)
+    assert again.trace.first is not None
+    assert again.trace.first.name == "batch[1][1].image[0]"
+    assert again.reproduced
 
 
 # Skipping
