@@ -29,8 +29,9 @@ def add_config(cfg: CfgNode) -> None:
     node.STATIC_GRAPH = False
     # Gradients share memory with the buffers of the exchange: saves that of one copy of the trained parameters.
     node.GRADIENT_AS_BUCKET_VIEW = False
-    # Batch norms that are trained (the ViT adapter has some) take their statistics over all processes; on CUDA only.
-    node.SYNC_BATCH_NORM = True
+    # All batch norms that are trained take their statistics over all processes, on CUDA; without it those of the ViT
+    # adapter alone do.
+    node.SYNC_BATCH_NORM = False
     # Seconds after which a process that waits for another gives up.
     node.TIMEOUT = 1800
 
@@ -69,7 +70,9 @@ def synchronized_norms(cfg: CfgNode, model: nn.Module, device: torch.device) -> 
     trained = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and any(parameter.requires_grad for parameter in module.parameters())
+        if isinstance(module, _BatchNorm)
+        and not isinstance(module, nn.SyncBatchNorm)
+        and any(parameter.requires_grad for parameter in module.parameters())
     ]
     if not trained or comm.get_world_size() == 1:
         return model
