@@ -22,6 +22,7 @@ import layouts
 import pytest
 import torch
 
+from vis.checkpoint import read_checkpoint
 from vis.data.synthetic import generate
 
 REFERENCE = "SOLVER.REFERENCE_WORLD_SIZE"
@@ -94,6 +95,8 @@ def test_resuming_with_another_number_of_processes(train: Train, tmp_path: Path)
     resumed = train("minvis", 1, 0, *period, resume=True, folder="run")
     assert len(resumed["losses"]) == 1
     assert layouts.difference(through, resumed) == 0
+    saved = read_checkpoint(tmp_path / "run" / "model_final.pth")
+    assert (saved["world_size"], saved["reference"]) == (1, 2), "and when it is resumed again"
 
 
 @pytest.mark.slow

@@ -70,8 +70,9 @@ class Trainer(TrainerBase):
         results = trainer.train()
 
     A run that is stopped at any moment and resumed ends with the weights of one that was not stopped: bitwise on the
-    CPU with the same number of threads and processes, whatever the number of loader workers. On CUDA some kernels add
-    in no fixed order; ``SOLVER.DETERMINISTIC`` asks for others where torch has them.
+    CPU with the same number of threads and processes, whatever the number of loader workers. With another number of
+    processes it goes on with the same batches and random numbers, and the weights are the same up to the order of sums.
+    On CUDA some kernels add in no fixed order; ``SOLVER.DETERMINISTIC`` asks for others where torch has them.
 
     Raises:
         ValueError: a name or number in the configuration is not usable.
@@ -183,8 +184,9 @@ class Trainer(TrainerBase):
             drop_metrics_from(self.folder / METRICS, self.start_iter)
 
     def _compare_config(self, state: dict[str, Any]) -> None:
-        if state["world_size"] != comm.get_world_size():
-            self._other_world(state)
+        reference = state.get("reference", state["world_size"])
+        if (state["world_size"], reference) != (comm.get_world_size(), self.layout.reference):
+            self._other_layout(state["world_size"], reference)
         changes = (
             config_changes(state["config"], self._config) if state["config_hash"] != config_hash(self._config) else []
         )
@@ -202,11 +204,11 @@ class Trainer(TrainerBase):
             level = logging.INFO if change.startswith(harmless) else logging.WARNING
             logger.log(level, "config differs from that of the checkpoint: %s", change)
 
-    def _other_world(self, state: dict[str, Any]) -> None:
+    def _other_layout(self, before: int, reference: int) -> None:
         """The batches of a run stay those of the number of processes that it began with, if they can."""
-        before, now = state["world_size"], comm.get_world_size()
-        self._resumed_random = None  # what a step draws does not depend on it
-        reference = state.get("reference", before)
+        now = comm.get_world_size()
+        if before != now:
+            self._resumed_random = None  # what a step draws does not depend on it
         self.layout = self.step.layout = batch_layout(self.cfg, reference=reference)
         if self.layout.reference == reference:
             logger.warning("the checkpoint is of %d processes, now there are %d: the same batches follow", before, now)
