@@ -74,4 +74,4 @@ def launcher(stub_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     assert server.stdout.readline() == "ready\n"
     yield lambda tool: [sys.executable, "-S", "-E", file, path, tool]
     server.stdin.close()
-    server.wait(10)
+    server.wait(60)

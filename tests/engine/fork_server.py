@@ -7,6 +7,7 @@ client is killed, so is the run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -45,10 +46,12 @@ def serve(path: str) -> None:
         if sys.stdin in readable:
             for run in runs.values():
                 os.kill(run, signal.SIGKILL)
-            return
+            os._exit(0)  # taking everything down again takes seconds
         if listener in readable:
             connection, _ = listener.accept()
-            runs[connection] = _fork(connection, tools, [listener, *runs])
+            run = _fork(connection, tools, [listener, *runs])
+            if run is not None:
+                runs[connection] = run
         for connection, run in list(runs.items()):
             if connection in readable:  # the client is gone
                 os.kill(run, signal.SIGKILL)
@@ -57,13 +60,20 @@ def serve(path: str) -> None:
                 if not done:
                     os.waitpid(run, 0)
                 else:
-                    connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+                    with contextlib.suppress(OSError):  # the client may have been killed in this moment
+                        connection.send(str(os.waitstatus_to_exitcode(status)).encode())
                 connection.close()
                 del runs[connection]
 
 
-def _fork(connection: socket.socket, tools: dict[str, ModuleType], others: list[socket.socket]) -> int:
-    data, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, 1)
+def _fork(connection: socket.socket, tools: dict[str, ModuleType], others: list[socket.socket]) -> int | None:
+    try:
+        data, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, 1)
+    except OSError:
+        data, descriptors = b"", []
+    if not data or not descriptors:  # the client was killed before it said what it wants
+        connection.close()
+        return None
     arguments, folder, environment = json.loads(data[8:])
     run = os.fork()
     if run:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from vis.engine import load_cfg
 from vis.engine.manifest import read_manifest
 from vis.engine.plain_yaml import override_words
 from vis.engine.processes import FolderInUse, FolderLock
@@ -177,6 +178,11 @@ def test_a_wrong_key_of_the_configuration_is_found_before_anything_runs(
     with pytest.raises(ValueError, match=r"setting 'wide': .*MODEL.STUB.WITH.*WIDTH"):
         run(path, launcher)
     assert not list((tmp_path / "sweeps").rglob("seed*"))
+
+
+def test_a_run_has_the_configuration_of_its_command(sweep_file: Callable[[str], Path]) -> None:
+    for job in make_jobs(read_sweep(sweep_file(SWEEP))):
+        assert job.cfg == load_cfg(str(job.setting.config), job.words)
 
 
 def test_a_grid(sweep_file: Callable[[str], Path]) -> None:

@@ -95,6 +95,7 @@ def make_jobs(sweep: Sweep) -> list[Job]:
         FileNotFoundError, ValueError: a configuration cannot be loaded, or an ensemble cannot be made.
     """
     jobs: dict[tuple[str, int], Job] = {}
+    loaded: dict[str, CfgNode] = {}
 
     def make(setting: Setting, seed: int) -> Job:
         if (setting.name, seed) in jobs:
@@ -104,15 +105,14 @@ def make_jobs(sweep: Sweep) -> list[Job]:
             other = sweep.settings[name]
             sources.append(make(other, seed if len(other.seeds) > 1 else other.seeds[0]))
         folder = sweep.folder / setting.name / (f"seed{seed}" if sweep.by_seed else "")
-        words = [*setting.opts]
-        if setting.weights_from is not None:
-            words += ["MODEL.WEIGHTS", str(sources[0].folder / FINAL)]
-        words += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
-        try:
-            cfg = None if setting.config is None else load_cfg(str(setting.config), words)
-        except ValueError as error:
-            raise ValueError(f"setting {setting.name!r}: {error}") from error
-        job = Job(setting, seed, folder, cfg, words, sources, sweep.by_seed)
+        own = ["MODEL.WEIGHTS", str(sources[0].folder / FINAL)] if setting.weights_from is not None else []
+        own += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
+        cfg = None
+        if setting.config is not None:
+            if setting.name not in loaded:
+                loaded[setting.name] = _load(setting)
+            cfg = _with(loaded[setting.name], own)
+        job = Job(setting, seed, folder, cfg, [*setting.opts, *own], sources, sweep.by_seed)
         if setting.kind == ENSEMBLE and not sources:
             raise ValueError(f"setting {setting.name!r}: an ensemble needs a row of the sweep, found files only")
         if setting.kind == ENSEMBLE:
@@ -125,6 +125,22 @@ def make_jobs(sweep: Sweep) -> list[Job]:
         for seed in setting.seeds:
             make(setting, seed)
     return list(jobs.values())
+
+
+def _load(setting: Setting) -> CfgNode:
+    try:
+        return load_cfg(str(setting.config), setting.opts)
+    except ValueError as error:
+        raise ValueError(f"setting {setting.name!r}: {error}") from error
+
+
+def _with(cfg: CfgNode, words: list[str]) -> CfgNode:
+    """A copy with other values; what loading from the files again would give, without reading them for each seed."""
+    copy = cfg.clone()
+    copy.defrost()
+    copy.merge_from_list(words)
+    copy.freeze()
+    return copy
 
 
 def interpreter(tool: str) -> list[str]:
