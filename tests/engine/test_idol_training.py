@@ -95,4 +95,4 @@ def test_overfit_trains_and_tests_on_the_same(demo: Callable[..., CfgNode], tmp_
     cfg = demo("x", config="idol_overfit.yaml")
     assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == ("idol_four_clips",)
     assert cfg.DATASETS.CUSTOM[0]["VIDEOS"] == [1, 2, 3, 4]
-    assert cfg.MODEL.WEIGHTS == ""
+    assert cfg.MODEL.WEIGHTS == "configs/demo/minvis_synthetic.pth"  # its backbone
