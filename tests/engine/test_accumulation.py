@@ -152,9 +152,12 @@ def test_keys_of_the_wrapper(stub_config: Callable[[str], Path], tmp_path: Path)
     assert plain["keys"] == (False, False, False)
     assert plain["exchanged"] == 2, "once per update, not once per part"
     view = ["SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW", "True"]
-    other = layouts.run(2, tmp_path / "view", functools.partial(_options, config, [*opts, *view]))
-    assert other["keys"] == (False, False, True)
-    assert layouts.difference(plain, other) == 0
+    static = ["SOLVER.DDP.STATIC_GRAPH", "True"]
+    for more, keys, exchanged in ((view, (False, False, True), 2), (static, (False, True, False), 4)):
+        other = layouts.run(2, tmp_path / more[0], functools.partial(_options, config, [*opts, *more]))
+        assert other["keys"] == keys
+        assert other["exchanged"] == exchanged
+        assert layouts.difference(plain, other) < 1e-6
 
 
 def test_a_parameter_without_a_gradient_is_named(stub_config: Callable[[str], Path], tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ def add_config(cfg: CfgNode) -> None:
     # Parameters may be without a gradient in an iteration (every one costs a search of the graph). Otherwise such a
     # parameter is an error.
     node.FIND_UNUSED_PARAMETERS = False
-    # The same parameters are used in the same order in every iteration, which saves the search.
+    # The same parameters are used in the same order in every iteration, which saves the search. With gradients that are
+    # accumulated they are exchanged after every part of a batch, not once.
     node.STATIC_GRAPH = False
     # Gradients share memory with the buffers of the exchange: saves that of one copy of the trained parameters.
     node.GRADIENT_AS_BUCKET_VIEW = False

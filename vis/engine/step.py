@@ -235,8 +235,11 @@ class TrainingStep:
         return {"seed": self.seed, "iteration": iteration, "first": first, "clips": clips}
 
     def _synchronized(self, last: bool) -> Any:
-        """Gradients are exchanged once per step."""
-        if last or not isinstance(self.model, DistributedDataParallel):
+        """Gradients are exchanged once per step; after every part where torch cannot do without (a static graph).
+
+        What is exchanged is the sum of the parts so far, so that both come to the same.
+        """
+        if last or not isinstance(self.model, DistributedDataParallel) or self.model.static_graph:
             return nullcontext()
         return self.model.no_sync()
 

@@ -249,7 +249,8 @@ class RefinerCriterion(ClipCriterion):
         labels = target.labels.cpu()[instances].tolist()
         none = embeds.new_zeros(0, embeds.shape[-1])
         loss = whole_track_loss(embeds, queries.to(embeds.device), [self._memory.get(c, none) for c in labels])
-        for query, label in zip(queries.tolist(), labels, strict=True):
+        # A pass without gradients only counts (vis.layers.effective_batch), and comes again.
+        for query, label in zip(queries.tolist(), labels, strict=True) if torch.is_grad_enabled() else ():
             self._remember(label, embeds[:, query].detach().float())
         return loss
 
