@@ -70,7 +70,7 @@ def test_three_stages_killed_in_the_second(
     path, folder = recipe(TINY), tmp_path / "recipes" / "tiny"
     process = multiprocessing.get_context("fork").Process(target=run, args=(path, launcher))
     process.start()
-    end = time.monotonic() + 90
+    end = time.monotonic() + 240
     while not (folder / "online" / "model_0000000.pth").exists():
         assert time.monotonic() < end
         assert process.is_alive()
@@ -161,7 +161,9 @@ def test_every_recipe_of_the_project_loads(project_root: Path, monkeypatch: pyte
         assert json.dumps([job.identity() for job in jobs])
 
 
-@pytest.mark.parametrize("name", ["dvis_tiny", "minvis_tiny", "vita_tiny", "idol_tiny", "iai_tiny"])
+@pytest.mark.parametrize(
+    "name", ["dvis_tiny", "minvis_tiny", "vita_tiny", "idol_tiny", "iai_tiny", "masktrack_rcnn_tiny"]
+)
 def test_the_tiny_recipes_hand_over_what_fits(
     project_root: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

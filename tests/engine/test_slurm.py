@@ -147,11 +147,11 @@ def test_a_preempted_job_goes_on(
     monkeypatch.setenv("PYTHONPATH", f"{project_root}{os.pathsep}{stub_path}")
     config, folder = stub_config("job"), tmp_path / "job"
     executor = submitit.LocalExecutor(folder=str(tmp_path / "logs"))
-    executor.update_parameters(timeout_min=3)
+    executor.update_parameters(timeout_min=8)
     words = ["--config-file", str(config), "MODEL.STUB.SLEEP", "0.2", "SOLVER.CHECKPOINT_PERIOD", "100"]
     words += ["SOLVER.MAX_ITER", "20", "DATALOADER.NUM_WORKERS", "0"]
     job = executor.submit(Command([("train_net", words)], str(tmp_path)))
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     started = folder / "log.txt"
     while not started.exists() or "Starting training from" not in started.read_text():
         assert time.monotonic() < end, job.stdout()
