@@ -192,7 +192,7 @@ def test_a_value_that_cannot_be_used(doctor: Callable[..., tuple[int, str]]) -> 
 def test_detectron2_and_everything_else_missing(project_root: Path) -> None:
     """In a Python that has nothing installed."""
     done = subprocess.run(
-        [sys.executable, "-S", "-m", "vis.engine.doctor"],
+        [sys.executable, "-S", "-m", "vis.doctor"],
         cwd=project_root,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,

@@ -12,8 +12,8 @@ from vis.engine.doctor.packages import can_go_on, check_packages
 
 _HELP = """Looks at everything that a training needs, and says in plain words what is wrong and what to do about it.
 
-  python -m vis.engine.doctor                                   Python, packages, CUDA, the compiled op
-  python -m vis.engine.doctor --config-file C [KEY VALUE ...]   and what a training with this configuration needs:
+  python -m vis.doctor                                   Python, packages, CUDA, the compiled op
+  python -m vis.doctor --config-file C [KEY VALUE ...]   and what a training with this configuration needs:
       data sets, number of classes, weights and their stage, room on the disk, memory, two steps on the data
 
 Nothing is written. The exit status is 0 where nothing is wrong, 1 where something is, 2 for a wrong command.
@@ -23,7 +23,7 @@ Nothing is written. The exit status is 0 where nothing is wrong, 1 where somethi
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m vis.engine.doctor", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m vis.doctor", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", metavar="FILE", help="the yaml of a training")
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="steps to try (default 2, 0 for none)")
