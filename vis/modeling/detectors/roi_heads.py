@@ -119,7 +119,7 @@ class VideoROIHeads(StandardROIHeads):
         """Losses of sampled proposals (drawn with torch's global random state), and the positive ones."""
         regions = self._sample(proposals, targets, groups)
         lists = list(torch.split(regions.boxes, _counts(regions.frames, len(targets))))
-        pooled = self.box_pooler([features[name] for name in self.box_in_features], [Boxes(x) for x in lists])
+        pooled = self.pool_boxes(features, lists)
         hidden = self.box_head(pooled)
         logits, deltas = self.box_predictor(hidden)
         cross_entropy = F.cross_entropy(logits.float(), regions.labels, reduction="none")
@@ -196,14 +196,14 @@ class VideoROIHeads(StandardROIHeads):
     def _mask_logits(self, features: Pyramid, boxes: Tensor, frames: Tensor, labels: Tensor, num_frames: int) -> Tensor:
         """(n, M, M) of the masks of the given classes; boxes are in the order of frames."""
         lists = [Boxes(x) for x in torch.split(boxes, _counts(frames, num_frames))]
-        maps = self.mask_head.layers(self.mask_pooler([features[name] for name in self.mask_in_features], lists))
+        maps = self.mask_head.layers(self.mask_pooler(_float(features, self.mask_in_features), lists))
         if maps.shape[1] == 1:
             return maps[:, 0]
         return maps[torch.arange(len(labels), device=labels.device), labels]
 
     def predict(self, features: Pyramid, proposals: Boxes) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of R proposals of one frame: class probabilities (R, K), boxes (R, K, 4), id probabilities (R, N) or None."""
-        pooled = self.box_pooler([features[name] for name in self.box_in_features], [proposals])
+        pooled = self.pool_boxes(features, [proposals.tensor])
         hidden = self.box_head(pooled)
         logits, deltas = self.box_predictor(hidden)
         probabilities = logits.float().softmax(dim=-1)[:, :-1]
@@ -215,12 +215,21 @@ class VideoROIHeads(StandardROIHeads):
     def embeds(self, features: Pyramid, boxes: Sequence[Tensor]) -> Tensor:
         """Embeddings (sum of n_i, C) of boxes (n_i, 4) of each frame."""
         assert self.track_head is not None, "the detector was built without an embedding head"
-        lists = [Boxes(x) for x in boxes]
-        return self.track_head(self.box_pooler([features[name] for name in self.box_in_features], lists))
+        return self.track_head(self.pool_boxes(features, boxes))
+
+    def pool_boxes(self, features: Pyramid, boxes: Sequence[Tensor]) -> Tensor:
+        """What classes, boxes, identities and embeddings read: (sum of n_i, C, h, w) float32 of boxes (n_i, 4)."""
+        pooled: Tensor = self.box_pooler(_float(features, self.box_in_features), [Boxes(x) for x in boxes])
+        return pooled
 
     def mask_crops(self, features: Pyramid, boxes: Tensor, labels: Tensor) -> Tensor:
         """Foreground probabilities (n, M, M) inside of boxes (n, 4) of one frame, for classes (n,)."""
         return self._mask_logits(features, boxes, torch.zeros_like(labels), labels, 1).float().sigmoid()
+
+
+def _float(features: Pyramid, names: Sequence[str]) -> list[Tensor]:
+    """Levels in float32: detectron2's pooling rounds boxes to the format of the features, bfloat16 to 8 pixels."""
+    return [features[name].float() for name in names]
 
 
 def _counts(frames: Tensor, num_frames: int) -> list[int]:
