@@ -184,6 +184,7 @@ def _blank(value: float | None) -> Any:
 
 def write_tables(folder: Path, rows: Sequence[Row], metrics: Sequence[str], baseline: str) -> str:
     """Write ``table.csv``, ``table.md`` and ``table.tex`` and return the second."""
+    folder.mkdir(parents=True, exist_ok=True)
     text = as_markdown(rows, metrics, baseline)
     write_text_atomic(as_csv(rows, metrics, baseline), folder / "table.csv")
     write_text_atomic(text, folder / "table.md")
