@@ -18,6 +18,7 @@ from vis.checkpoint.stages import stages_of
 from vis.config import CfgNode
 from vis.engine.config import load_cfg
 from vis.engine.parity.common import clip_sample
+from vis.layers.effective_batch import EffectiveBatch
 from vis.modeling import build_model
 from vis.modeling.inference.growing import FrameSizes
 from vis.modeling.meta_arch.iai import IAI
@@ -163,6 +164,24 @@ def test_clips_at_once_equal_frame_by_frame(build: Callable[..., IAI], changes: 
     largest = max(float(gradient.abs().max()) for gradient in their_gradients.values())
     for name, gradient in our_gradients.items():
         torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-5, atol=1e-8 * largest)
+
+
+def test_frames_one_by_one_are_counted_like_clips_at_once(build: Callable[..., IAI]) -> None:
+    """A batch that is spread over steps is counted first: each time step by itself."""
+    counts = []
+    for sequential in (True, False):
+        model = build({"MODEL.IAI.SEQUENTIAL": sequential}).train()
+        batch = EffectiveBatch(steps=2)
+        with torch.no_grad(), batch.counting() as found:
+            model([clip(0), clip(1)])
+        counts.append({name: torch.atleast_1d(count) for name, count in found.items()})
+    of_frames, at_once = counts
+    assert set(at_once) == {"fcos.positives.0", "fcos.centerness.0"}
+    for name, count in at_once.items():
+        assert len(count) == FRAMES
+        kind = name.removesuffix(".0")
+        one_by_one = torch.cat([of_frames[f"{kind}.{t}"] for t in range(FRAMES)])
+        torch.testing.assert_close(one_by_one, count)
 
 
 def test_drawn_identities_repeat_with_the_iteration(build: Callable[..., IAI]) -> None:

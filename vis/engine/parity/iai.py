@@ -23,8 +23,9 @@ from vis.engine.parity.iai_margins import assignment_margin, compare_margins, de
 from vis.engine.parity.iai_parts import check_parts
 from vis.engine.parity.iai_training import check_training
 from vis.modeling.criterions.iai import paint
+from vis.modeling.detectors.masks import original_masks
 from vis.modeling.inference.growing import FrameSizes, GrowingTracks, ResultRules
-from vis.modeling.meta_arch.iai import IAI, original_masks
+from vis.modeling.meta_arch.iai import IAI
 from vis.modeling.trackers.identified_frames import RANK_FIRST, RANK_LATER, FrameResult, VideoState
 from vis.modeling.trackers.identity import exclusive
 from vis.structures.rle import area
@@ -147,14 +148,16 @@ class _Video:
         for name, value in values.items():
             self.rows.setdefault(name, []).append(value)
 
-    def padded(self, name: str) -> Tensor:
+    def padded(self, name: str, width: int) -> Tensor:
         """(T, M, ...) rows of frames, -1 beyond each frame's own."""
-        return _padded([torch.as_tensor(row) for row in self.rows[name]])
+        return _padded([torch.as_tensor(row) for row in self.rows[name]], width)
 
 
-def _padded(rows: list[Tensor]) -> Tensor:
+def _padded(rows: list[Tensor], width: int) -> Tensor:
+    """Rows of different lengths below one another, at least ``width`` long."""
     longest = max((len(row) for row in rows), default=0)
-    out = torch.full((len(rows), longest, *rows[0].shape[1:]), -1, dtype=rows[0].dtype)
+    tail = rows[0].shape[1:] if rows else ()
+    out = torch.full((len(rows), max(longest, width), *tail), -1, dtype=rows[0].dtype if rows else torch.int64)
     for line, row in zip(out, rows, strict=True):
         line[: len(row)] = row
     return out
@@ -238,7 +241,7 @@ def _collect(
     found, ids = result.found, result.identified.ids
     assert found.id_probs is not None
     factors = [sizes.output[1] / sizes.input[1], sizes.output[0] / sizes.input[0]] * 2
-    masks = original_masks(result.probs, sizes)
+    masks = original_masks(result.probs, input_size=sizes.input, output_size=sizes.output)
     output = exclusive(masks[result.kept])
     out_area, scores = torch.zeros(model.num_ids, dtype=torch.int64), torch.zeros(model.num_ids, model.num_classes + 1)
     for row, identity in enumerate(ids):
@@ -263,14 +266,19 @@ def _collect(
 
 
 def _compare_video(video: _Video, prefix: str, run: Run, compared: Comparison, model: IAI) -> None:
+    def width(name: str) -> int:
+        recorded = compared.recorded.get(f"{prefix}det.{name}")
+        return recorded.shape[1] if recorded is not None and recorded.ndim > 1 else 0
+
     for name in ("num", "candidates"):
         compared.equal(f"{prefix}det.{name}", torch.tensor(video.rows[name]))
     for name in ("box", "id", "cls"):
-        compared.close(f"{prefix}det.{name}", video.padded(name), run.bar)
+        compared.close(f"{prefix}det.{name}", video.padded(name, width(name)), run.bar)
     for name in ("pad_area", "out_area"):
-        compared.pixels(f"{prefix}det.{name}", video.padded(name), run.pixels)
+        compared.pixels(f"{prefix}det.{name}", video.padded(name, width(name)), run.pixels)
     if f"{prefix}det.assigned_column" in compared.recorded:
-        columns = _padded([torch.tensor(row, dtype=torch.int64) for row in video.columns])
+        rows = [torch.tensor(row, dtype=torch.int64) for row in video.columns]
+        columns = _padded(rows, width("assigned_column"))
         name = f"{prefix}det.assigned_column"
         # Columns from N + 1 on are copies of "new", column N - 1: which of them one has is no difference.
         compared.equal(name, columns, alike=lambda x: np.where(x > model.num_ids, model.num_ids - 1, x))

@@ -45,7 +45,7 @@ def detection_margins(
             continue
         kept += 1
         alive[: row + 1] = False
-        others = box_iou(boxes[row, None], boxes)[0]
+        others = box_iou(boxes[row, None], boxes)[0].nan_to_num(0.0)  # of two boxes without an extent
         overlap = torch.minimum(overlap, (others[alive] - detector.nms_iou).abs().min() if alive.any() else overlap)
         alive &= others <= detector.nms_iou
     scores = result.found.scores
@@ -57,9 +57,11 @@ def detection_margins(
 def assignment_margin(scores: Tensor, next_id: int) -> float:
     """By how much the best assignment of (k, N) id scores is better than the best one with another meaning.
 
-    Columns from ``next_id`` on all mean "new".
+    Columns from ``next_id`` on all mean "new". Infinite where nothing has to be assigned or there is no other meaning.
     """
     count = len(scores)
+    if not count:
+        return float("inf")
     wide = torch.cat([scores, scores.new_zeros(count, 1), scores[:, -1:].expand(-1, count - 1)], dim=1)
     costs = -wide.double().cpu().numpy()
     chosen, columns = linear_sum_assignment(costs)
@@ -68,7 +70,8 @@ def assignment_margin(scores: Tensor, next_id: int) -> float:
         without = costs.copy()
         without[row, slice(next_id, None) if column >= next_id else column] = _FORBIDDEN
         others.append(without[linear_sum_assignment(without)].sum())
-    return float(min(others) - best)
+    margin = float(min(others) - best)
+    return margin if margin < _FORBIDDEN / 2 else float("inf")
 
 
 def compare_margins(compared: Comparison, name: str, found: Tensor, bar: float) -> None:

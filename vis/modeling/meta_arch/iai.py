@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
@@ -24,18 +23,15 @@ from vis.config import declare
 from vis.layers.item_streams import item_seed
 from vis.modeling.criterions.iai import ClipIdentities, clip_identities, frame_targets, identity_maps
 from vis.modeling.detectors.base import Detector, Pyramid, build_detector
+from vis.modeling.detectors.masks import encode_found, original_masks
 from vis.modeling.inference.growing import FrameSizes, GrowingModel, ResultRules, TrackedFrame
 from vis.modeling.segmenter import FrameNormalizer, check_labels
 from vis.modeling.trackers.association import Association, AssociationMemory, stored_frames
 from vis.modeling.trackers.identified_frames import FrameIdentifier, FrameResult, VideoState
 from vis.modeling.trackers.identity import IdentityTracker, exclusive
 from vis.structures import ClipSample
-from vis.structures.rle import encode_masks
 
 logger = logging.getLogger(__name__)
-
-# Masks that are resized to the original size together: of 1080 x 1920 pixels in float32 each takes 8 MB.
-_CHUNK = 8
 
 
 @declare
@@ -293,7 +289,8 @@ class IAI(GrowingModel):
                     for b, (_, current) in enumerate(read)
                 ]
             pyramid = self.image_model.top_down(maps)
-            losses.append(self.image_model.losses(pyramid, [clip[t] for clip in targets], padded))
+            step = torch.full((len(clips),), t, device=self.device)
+            losses.append(self.image_model.losses(pyramid, [clip[t] for clip in targets], padded, groups=step))
         return losses
 
     def track(
@@ -322,25 +319,10 @@ class IAI(GrowingModel):
         """Results of a frame. Of two detections with one id (released overflow) the later counts."""
         rows = {identity: row for row, identity in enumerate(result.identified.ids) if identity >= 0}
         taken = list(rows.values())
-        masks = exclusive(original_masks(result.probs[result.kept], sizes))[taken]
-        coded = encode_masks(masks.transpose(1, 2).cpu()) if taken else []
+        masks = original_masks(result.probs[result.kept], input_size=sizes.input, output_size=sizes.output)
+        coded = encode_found(exclusive(masks)[taken])
         hidden = [None if identity >= self.tracker.exported else rle for identity, rle in zip(rows, coded, strict=True)]
         return TrackedFrame(list(rows), result.found.class_probs[result.kept][taken], hidden)
-
-
-def original_masks(probs: Tensor, sizes: FrameSizes) -> Tensor:
-    """Probabilities (n, H, W) at the padded size -> bool masks at the original size."""
-    height, width = sizes.input
-    inside = probs[:, :height, :width]
-    if not len(probs):
-        return inside.new_zeros(0, *sizes.output, dtype=torch.bool)
-    if sizes.output == sizes.input:
-        return inside > 0.5
-    chunks = [
-        F.interpolate(chunk[None], size=sizes.output, mode="bilinear", align_corners=False)[0] > 0.5
-        for chunk in inside.split(_CHUNK)
-    ]
-    return torch.cat(chunks)
 
 
 def _warm_start(model: nn.Module, keys: Any) -> None:
