@@ -44,6 +44,7 @@ def test_one_process_under_torchrun_is_a_call(monkeypatch: pytest.MonkeyPatch) -
     [
         ({"num_gpus": 999, "device": "cuda"}, "--num-gpus 999 was asked for, but"),
         ({"num_gpus": 0, "num_machines": 2, "device": "cpu"}, "--num-gpus 0 was asked for"),
+        ({"num_gpus": 4096, "device": "cpu"}, "--num-gpus 4096 was asked for, but .* processes"),
         ({"num_gpus": -1}, "none negative"),
         ({"num_machines": 2, "machine_rank": 2}, "the rank must be between 0"),
         ({"num_machines": 0}, "--num-machines 0"),

@@ -193,7 +193,7 @@ def test_the_tool(
         [sys.executable, *command], cwd=project_root, env=environment, stdout=out, stderr=subprocess.STDOUT
     )
     try:
-        end = time.monotonic() + 180
+        end = time.monotonic() + 300  # two starts of Python, on a machine with other work to do
         while "Starting training" not in (tmp_path / "shown").read_text():
             assert process.poll() is None, (tmp_path / "shown").read_text()[-3000:]
             assert time.monotonic() < end, (tmp_path / "shown").read_text()[-3000:]

@@ -66,7 +66,7 @@ def launch(
     if num_gpus <= 1 and num_machines == 1:
         function(*args)
         return
-    _check_gpus(cuda, num_gpus)
+    _check_number(device, num_gpus)
     if dist_url == "auto":
         if num_machines > 1:
             raise ValueError(
@@ -81,13 +81,14 @@ def uses_cuda(device: str) -> bool:
     return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
-def _check_gpus(cuda: bool, num_gpus: int) -> None:
-    present = torch.cuda.device_count()
-    if num_gpus < 1 or (cuda and num_gpus > present):
-        raise ValueError(
-            f"--num-gpus {num_gpus} was asked for, but {present} CUDA devices can be used here. Ask for fewer; with "
-            "MODEL.DEVICE cpu it is the number of processes on the CPU"
-        )
+def _check_number(device: str, num_gpus: int) -> None:
+    """On the CPU processes are started only where that is asked for, and not many more than it has cores."""
+    if device == "cpu":
+        most, what = max(os.cpu_count() or 1, 4), "processes can be started on the CPU here"
+    else:
+        most, what = torch.cuda.device_count(), "CUDA devices can be used here (MODEL.DEVICE cpu: processes on the CPU)"
+    if not 1 <= num_gpus <= most:
+        raise ValueError(f"--num-gpus {num_gpus} was asked for, but {most} {what}. Ask for fewer")
 
 
 def _free_port() -> int:
