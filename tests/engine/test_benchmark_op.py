@@ -99,6 +99,10 @@ def test_gpu_check_refuses_what_it_does_not_know(project_root: Path) -> None:
     done = subprocess.run(["bash", script, "--fast"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--fast" in done.stderr
+    done = subprocess.run(["bash", script, "--part", "trian"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unknown part trian; there are build tests op train compile inference" in done.stderr
     helped = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, check=False)
     assert helped.returncode == 0
     assert "--dry-run" in helped.stdout
+    assert "--part" in helped.stdout

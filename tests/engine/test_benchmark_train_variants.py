@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from vis.engine.benchmarks import train_variants
+from vis.engine.benchmarks.common import Settings
 
 OPTIONS = ["--config-file", "configs/demo/minvis_synthetic.yaml", "--warmup", "0"]
 
@@ -58,12 +59,31 @@ def test_variants(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "of the time waits for data (0 workers)" in said
 
 
+@pytest.mark.parametrize("method", ["minvis", "idol", "iai"])
+def test_what_each_method_compiles_and_computes_again(method: str) -> None:
+    """A backbone there is; a key that nothing reads would measure nothing."""
+    from vis.engine.config import load_cfg
+    from vis.modeling import build_model
+
+    settings = Settings(config_file=f"configs/demo/{method}_synthetic.yaml", frames=(2,))
+    cfg = train_variants._configuration(settings, "compile", "out")
+    model = build_model(load_cfg(settings.config_file, ["MODEL.DEVICE", "cpu"]))
+    (part,) = cfg.SOLVER.COMPILE.PARTS
+    assert type(model.get_submodule(part)).__name__ == "ResNet"
+    cfg = train_variants._configuration(settings, "checkpoint", "out")
+    on = [key for key in train_variants._CHECKPOINT_KEYS if train_variants._value(cfg, key)]
+    expected = {"minvis": ["MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_CHECKPOINT"], "idol": ["MODEL.IDOL.ENC_CHECKPOINT"]}
+    assert on == expected.get(method, [])
+
+
 def test_a_variant_that_is_not_there(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """bfloat16 where training runs in it, else the reason."""
     report = run(tool, tmp_path, "train", "--variants", "bf16", "--input-size", "64x96", "--repeats", "1")
     (figures,) = report["result"]["variants"].values()
     assert figures.get("dtype") == "bfloat16" or "no bfloat16 there" in figures["reason"]
     assert "bf16" in capsys.readouterr().out
+    report = run(tool, tmp_path, "train", "--variants", "fp16", "--input-size", "64x96", "--repeats", "1")
+    assert "no float16 there" in report["result"]["variants"]["fp16"]["reason"]
 
 
 @pytest.mark.parametrize("words", [["data", "--variants", "plain"], ["train", "--variants", "fast"]])

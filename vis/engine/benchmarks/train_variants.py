@@ -37,10 +37,15 @@ _FLOAT32, _AT_ONCE = ("SOLVER.AMP.ENABLED", "False"), ("SOLVER.ACCUMULATE_STEPS"
 #: name -> keys that are set; "plain" is what the others are compared with.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (*_FLOAT32, *_AT_ONCE),
+    "fp16": ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16", *_AT_ONCE),
     "bf16": ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16", *_AT_ONCE),
     "accumulate": (*_FLOAT32, "SOLVER.ACCUMULATE_STEPS", "2"),
     "checkpoint": (*_FLOAT32, *_AT_ONCE),
+    "compile": (*_FLOAT32, *_AT_ONCE),
 }
+_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# Without layers that could be computed again, but for those of a backbone.
+_DETECTORS = ("IAI", "ImageDetector", "MaskTrackRCNN")
 #: What "checkpoint" switches on, where the configuration's parts have it: layers are computed again in backward.
 _CHECKPOINT_KEYS = (
     "MODEL.SWIN.USE_CHECKPOINT",
@@ -81,8 +86,9 @@ def run_variant(settings: Settings) -> dict[str, Any]:
         before = resident_bytes()
         torch.manual_seed(0)
         trainer = Trainer(cfg)
-        if name == "bf16" and trainer.step.dtype is not torch.bfloat16:
-            return {"reason": f"training runs in float32 on {trainer.device}: no bfloat16 there"}
+        if name in _HALF and trainer.step.dtype is not _HALF[name]:
+            wanted = str(_HALF[name]).removeprefix("torch.")
+            return {"reason": f"training runs in float32 on {trainer.device}: no {wanted} there"}
         if name == "checkpoint" and not any(_value(cfg, key) for key in _CHECKPOINT_KEYS):
             return {"reason": "no part of this configuration can be computed again in backward"}
         return {**_run(settings, cfg, trainer), "before_mib": before / MIB}
@@ -141,6 +147,8 @@ def _configuration(settings: Settings, name: str, root: str) -> CfgNode:
     if name == "checkpoint":
         cfg = load_cfg(settings.config_file)
         options += [word for key in _CHECKPOINT_KEYS if _used(cfg, key) for word in (key, "True")]
+    if name == "compile":
+        options += ["SOLVER.COMPILE.PARTS", f"['{_backbone(load_cfg(settings.config_file))}']"]
     return load_cfg(settings.config_file, [*options, *settings.opts])
 
 
@@ -149,7 +157,16 @@ def _used(cfg: CfgNode, key: str) -> bool:
     for part, name in (("MODEL.SWIN.", "swin"), ("MODEL.VIT_ADAPTER.", "vit")):
         if key.startswith(part):
             return name in cfg.MODEL.BACKBONE.NAME.lower()
+    if cfg.MODEL.META_ARCHITECTURE in _DETECTORS:
+        return False
     return (cfg.MODEL.META_ARCHITECTURE == "IDOL") == key.startswith("MODEL.IDOL.")
+
+
+def _backbone(cfg: CfgNode) -> str:
+    """What "compile" makes one program of: the backbone, by the name that a model has it under."""
+    if cfg.MODEL.META_ARCHITECTURE in _DETECTORS:
+        return "image_model.backbone.bottom_up"
+    return "detr.detr.backbone.0.backbone" if cfg.MODEL.META_ARCHITECTURE == "IDOL" else "backbone"
 
 
 def _value(cfg: CfgNode, key: str) -> Any:
