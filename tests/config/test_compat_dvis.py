@@ -143,6 +143,7 @@ FREE = (
     "MODEL.CLIP_CRITERION.RELEASED_MATCHER",
     "INPUT.LSJ_AUG.",
     "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.REFERENCE_WORLD_SIZE",  # released files do not say how many GPUs they are for
     "DATASETS.DATASET_RATIO",
 )
 UNREAD = {

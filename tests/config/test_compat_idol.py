@@ -82,8 +82,8 @@ def flat(node: CfgNode, path: str = "") -> dict[str, Any]:
     return leaves
 
 
-# What a yaml of ours may say otherwise: where it reads and writes.
-OWN = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "DATASETS.TRAIN", "DATASETS.TEST")
+# What a yaml of ours may say otherwise: where it reads and writes, and for how many GPUs it is.
+OWN = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "DATASETS.TRAIN", "DATASETS.TEST", "SOLVER.REFERENCE_WORLD_SIZE")
 
 
 R101 = "MODEL: {WEIGHTS: weights/cocopretrain_R101.pth, RESNETS: {DEPTH: 101}}"

@@ -96,6 +96,7 @@ FREE = (
     "MODEL.MASK_FORMER.TEST.WINDOW_SIZE",
     "INPUT.LSJ_AUG.",
     "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.REFERENCE_WORLD_SIZE",  # released files do not say how many GPUs they are for
     "DATASETS.DATASET_RATIO",
 )
 
