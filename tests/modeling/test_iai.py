@@ -347,6 +347,13 @@ def test_mask_rcnn_as_image_model(build: Callable[..., IAI]) -> None:
     assert prediction.length == 3
 
 
+def test_options_that_cannot_be(build: Callable[..., IAI]) -> None:
+    with pytest.raises(ValueError, match=r"ID_LOSS is 'focal'; with detector MaskRCNN"):
+        build({**MASK_RCNN, "MODEL.IAI.ID_LOSS": "focal"})
+    with pytest.raises(ValueError, match=r"MIN_VISIBLE is 1\.5"):
+        build({"MODEL.IAI.TEST.MIN_VISIBLE": 1.5})
+
+
 def test_starting_from_an_image_model_keeps_its_pyramid(build: Callable[..., IAI]) -> None:
     model = build().eval()
     state = {

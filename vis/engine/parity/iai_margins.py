@@ -82,5 +82,5 @@ def compare_margins(compared: Comparison, name: str, found: Tensor, bar: float) 
         return
     ours = found.double().numpy()
     there = np.isfinite(ours) & np.isfinite(recorded) & (recorded >= 0) & (np.abs(recorded) < 1) & (np.abs(ours) < 1)
-    worst = float(np.abs(ours - recorded)[there].max(initial=0))
+    worst = float(np.abs(ours[there] - recorded[there]).max(initial=0))
     compared.note(name, worst <= bar, f"differ by at most {worst:.1e}, allowed {bar:.0e}; {int(there.sum())} values")

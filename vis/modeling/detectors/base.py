@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
@@ -96,10 +97,12 @@ class Detector(nn.Module):
     Attributes:
         num_classes: K.
         num_ids: channels of the id head, 0 without one.
+        ID_LOSSES: what the id head can be trained with.
         res5_channels: of the map that may be replaced between the halves.
         size_divisibility: frames are padded to a multiple of it.
     """
 
+    ID_LOSSES: ClassVar[tuple[str, ...]] = ("focal", "ce")
     num_classes: int
     num_ids: int
     res5_channels: int

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -65,6 +65,8 @@ def add_config(cfg: CfgNode) -> None:
 @DETECTOR_REGISTRY.register()
 class MaskRCNN(Detector):
     """See :class:`Detector`; ``mask_inputs`` holds ``labels`` (n,), the class whose mask a detection has."""
+
+    ID_LOSSES: ClassVar[tuple[str, ...]] = ("ce",)  # of a softmax over ids and background
 
     @configurable
     def __init__(

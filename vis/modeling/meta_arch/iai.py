@@ -58,7 +58,8 @@ def add_config(cfg: CfgNode) -> None:
     node.LOCAL = True
     node.GLOBAL = True
     node.CLS_PROJECTOR = True
-    # The id head: hidden convolutions (CondInst), "focal" or "ce" (paper, Tables 8 and 7), weight of its loss.
+    # The id head: hidden convolutions (CondInst), "focal" or "ce" (paper, Tables 8 and 7; Mask R-CNN: "ce"), weight of
+    # its loss.
     node.ID_CONVS = 1
     node.ID_LOSS = "focal"
     node.ID_WEIGHT = 1.0
@@ -156,6 +157,13 @@ class IAI(GrowingModel):
             id_convs=node.ID_CONVS,
             id_loss=node.ID_LOSS,
         )
+        if node.ID_HEAD and node.ID_LOSS not in image_model.ID_LOSSES:
+            raise ValueError(
+                f"MODEL.IAI.ID_LOSS is {node.ID_LOSS!r}; with detector {cfg.MODEL.DETECTOR.NAME} it is one of "
+                f"{image_model.ID_LOSSES}"
+            )
+        if not 0 <= test.MIN_VISIBLE <= 1:
+            raise ValueError(f"MODEL.IAI.TEST.MIN_VISIBLE is {test.MIN_VISIBLE}, expected a share of a mask, 0 to 1")
         association = None
         if node.ASSOCIATION:
             association = Association.from_node(node, channels=image_model.res5_channels)
