@@ -16,7 +16,8 @@
 # Each part stays under ten minutes, for machines that end longer commands; `--part` may be given several times.
 #
 # --dry-run goes through the same steps without a GPU: the library as it is, or where there is none that for CPUs in a
-# folder of its own; gpu tests skipped, the tiny models of the demonstrations, gloo for NCCL, four times the time for each step. FOLDER (default output/gpu_check) gets PART.txt, all
+# folder of its own; gpu tests skipped, the tiny models of the demonstrations, gloo for NCCL, and each
+# step may take four times as long. FOLDER (default output/gpu_check) gets PART.txt, all
 # that was printed, and PART.json, the figures; summary.txt has the steps and the figures of all parts so far.
 # Status 1 if a step failed, 2 for a wrong command line.
 set -u
