@@ -1,15 +1,16 @@
 """A training step of ours beside the straightforward one: the same weights, clips and random points, in the same run.
 
 What is swapped is that of :mod:`~vis.engine.benchmarks.plain` and, of the losses of single frames and of VITA, what
-:mod:`~vis.engine.benchmarks.plain_losses` and :mod:`~vis.engine.benchmarks.plain_vita` say. Other losses (CTVIS, DVIS,
-IDOL) are the same code on both sides.
+:mod:`~vis.engine.benchmarks.plain_losses` and :mod:`~vis.engine.benchmarks.plain_vita` say. IAI goes through a clip
+frame by frame on the straightforward side. Other losses (CTVIS, DVIS, IDOL) are the same code on both sides.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from vis.engine.benchmarks.plain_vita import PlainVitaCriterion, PlainVitaModule
 from vis.engine.benchmarks.train import CLIPS, INSTANCES, Training
 from vis.modeling.criterions.set_criterion import SetCriterion
 from vis.modeling.criterions.vita import VitaCriterion
+from vis.modeling.meta_arch.iai import IAI
 from vis.modeling.segmenter import FrameNormalizer
 from vis.modeling.transformer_decoders.vita import VitaModule
 
@@ -35,9 +37,18 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def plain_training(model: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def plain_training(model: nn.Module, swapped: dict[type[nn.Module], type[nn.Module]] = _PLAIN) -> Iterator[None]:
     """While it is open, ``model`` is trained the straightforward way."""
-    return plain(model, _PLAIN)
+    with plain(model, swapped):
+        if not isinstance(model, IAI):
+            yield
+            return
+        before, model.sequential = model.sequential, True
+        try:
+            yield
+        finally:
+            model.sequential = before
 
 
 def _side(name: str, model: nn.Module) -> AbstractContextManager[None]:
@@ -121,7 +132,9 @@ def compare(training: Training) -> dict[str, Any]:
     same_layout = {**_PLAIN, FrameNormalizer: FrameNormalizer}
     for name in _SIDES:
         torch.manual_seed(0)
-        with plain(training.model, same_layout) if name == "plain" else nullcontext():
+        if isinstance(training.model, IAI):
+            training.model.set_iteration(0)  # from which identities are drawn
+        with plain_training(training.model, same_layout) if name == "plain" else nullcontext():
             losses = {key: float(loss.detach()) for key, loss in training.backward().items()}
         gradients = [parameter.grad for parameter in training.parameters if parameter.grad is not None]
         found.append((losses, torch.cat([gradient.flatten() for gradient in gradients])))
