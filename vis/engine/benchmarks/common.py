@@ -28,7 +28,7 @@ from vis.checkpoint import load_weights
 from vis.config import CfgNode
 from vis.engine.benchmarks.plain_idol import enliven
 from vis.engine.config import load_cfg
-from vis.engine.parity import fill_weights, read_manifest
+from vis.engine.parity import fill_weights, in_our_names, read_manifest
 from vis.modeling import build_model
 from vis.modeling.meta_arch.idol import IDOL
 from vis.structures import ClipSample
@@ -129,7 +129,7 @@ def build(settings: Settings) -> tuple[CfgNode, nn.Module]:
     if settings.weights:
         load_weights(model, settings.weights)
     if settings.manifest:
-        fill_weights(model, read_manifest(settings.manifest))
+        fill_weights(model, in_our_names(model, read_manifest(settings.manifest)))
     if isinstance(model, IDOL) and not settings.weights and not settings.manifest:
         enliven(model, MovingFrames(length=1, size=settings.input_size)[0])
     return cfg, model
