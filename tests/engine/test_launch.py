@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -31,12 +32,18 @@ def test_one_process_on_the_cpu_is_a_call(num_gpus: int) -> None:
     assert seen == [3]
 
 
-def test_one_process_under_torchrun_is_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+@pytest.mark.parametrize("num_gpus", [1, 4])
+def test_one_process_under_torchrun_is_a_call(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_gpus: int
+) -> None:
+    """Which decides how many there are, and that is said."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(logging.getLogger("vis"), "propagate", True)  # a log of a training before may have ended it
     seen = []
-    launch(seen.append, device="cpu", args=(3,))
+    launch(seen.append, device="cpu", num_gpus=num_gpus, args=(3,))
     assert seen == [3]
+    assert ("--num-gpus 4 is not used" in caplog.text) == (num_gpus == 4)
 
 
 @pytest.mark.parametrize(

@@ -72,16 +72,19 @@ def test_told_to_go(stub_config: Callable[[str], Path], tmp_path: Path, number: 
 
 
 @pytest.mark.slow
-def test_one_of_two_processes_is_told(
-    stub_path: str, stub_config: Callable[[str], Path], tmp_path: Path, project_root: Path
+@pytest.mark.parametrize("own", [False, True])
+def test_two_processes_are_told(
+    stub_path: str, stub_config: Callable[[str], Path], tmp_path: Path, project_root: Path, own: bool
 ) -> None:
-    """Both write the checkpoint of the same iteration and leave."""
+    """One worker of torchrun, or the process that started both: both write one checkpoint and leave."""
     config, folder = stub_config("two"), tmp_path / "two"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [sys.executable] if own else command
+    flags = ["--num-gpus", "2"] if own else []
     opts = ["SOLVER.MAX_ITER", "4000", "SOLVER.CHECKPOINT_PERIOD", "4000", "MODEL.STUB.SLEEP", "0.01"]
     environment = {**os.environ, "PYTHONPATH": stub_path, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, "tools/train_net.py", "--config-file", str(config), *opts],
+        [*command, "tools/train_net.py", "--config-file", str(config), *flags, *opts, "MODEL.DEVICE", "cpu"],
         cwd=project_root,
         env=environment,
         stdout=subprocess.PIPE,
@@ -96,9 +99,9 @@ def test_one_of_two_processes_is_told(
         time.sleep(0.05)
     time.sleep(0.2)  # from the line to the first step
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(workers[-1]), signal.SIGUSR1)
+    os.kill(process.pid if own else int(workers[-1]), signal.SIGTERM if own else signal.SIGUSR1)
     output = process.communicate(timeout=240)[0]
-    assert process.returncode
+    assert process.returncode == EXIT_STATUS if own else process.returncode
     assert "told to go after iteration" in output
     path = last_checkpoint(folder)
     assert path is not None

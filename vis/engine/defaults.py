@@ -43,6 +43,7 @@ examples:
   8 GPUs of one machine (with MODEL.DEVICE cpu: 8 processes)
     {prog} --config-file cfg.yaml --num-gpus 8
     torchrun --nproc-per-node 8 {prog} --config-file cfg.yaml
+    torchrun --nproc-per-node 8 --max-restarts 3 {prog} --config-file cfg.yaml --resume     (restarts continue)
   2 machines
     (machine 0) {prog} --config-file cfg.yaml --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT
     (machine 1) {prog} --config-file cfg.yaml --num-gpus 8 --num-machines 2 --machine-rank 1 --dist-url tcp://HOST:PORT

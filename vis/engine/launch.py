@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, start_processes
 
 from vis.engine.peers import job_store, watch_peers
+from vis.engine.preemption import passed_on
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ def launch(
     """
     cuda = uses_cuda(device)
     if all(name in os.environ for name in _TORCHRUN):
+        started = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+        if num_gpus > 1 and str(num_gpus) != started and os.environ["RANK"] == "0":
+            logger.warning("torchrun has started %s processes here: --num-gpus %d is not used", started, num_gpus)
         _join(function, cuda, timeout, args)
         return
     if num_gpus < 0 or num_machines < 1 or not 0 <= machine_rank < num_machines:
@@ -113,8 +117,9 @@ def _start(
     settings = (function, cuda, first, per_machine, world_size, dist_url, timeout, args)
     started = start_processes(_worker, settings, nprocs=per_machine, join=False, start_method="spawn")
     try:
-        while not started.join():
-            pass
+        with passed_on(started.pids()):
+            while not started.join():
+                pass
     except ProcessExitedException as error:
         if not error.signal_name:
             raise  # it has printed its own message

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -38,8 +40,32 @@ class Preempted(SystemExit):
         return f"told to go by {name}"
 
 
+@contextmanager
+def passed_on(processes: Sequence[int]) -> Iterator[None]:
+    """Inside, this process hands the signals on to those that it started, which end by themselves, and stays.
+
+    Args:
+        processes: their numbers.
+    """
+    if threading.current_thread() is not threading.main_thread():  # others cannot take signals
+        yield
+        return
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(process, number)
+
+    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 class PreemptionHook(HookBase):
-    """On a signal: finish the step, write a checkpoint, leave with status 75.
+    """On a signal: finish the step (several processes: those up to where they look), write a checkpoint, leave with 75.
 
     A signal during an evaluation waits for its end. One before the first step, or during the last evaluation, ends the
     process as it would without this hook: nothing would be lost.
@@ -79,6 +105,7 @@ class PreemptionHook(HookBase):
         if not self._told():
             return
         self.save()
+        comm.synchronize()  # who starts the processes ends the others soon after the first one has left
         logger.warning("told to go after iteration %d: --resume continues there", self.trainer.iter)
         raise Preempted(self.number)
 

@@ -286,7 +286,7 @@ class Trainer(TrainerBase):
             d2_hooks.LRScheduler(self.optimizer, self.scheduler),
             *([] if self.average is None else [self.average]),
             checkpoints,
-            PreemptionHook(save=checkpoints.save_now, device=self.device),
+            PreemptionHook(save=checkpoints.save_now, device=self.device, every=max(10 // self.layout.steps, 1)),
         ]
         if self.cfg.DATASETS.TEST:
             hooks.append(EvaluationHook(period=self.cfg.TEST.EVAL_PERIOD, evaluate=self.evaluate_now))
