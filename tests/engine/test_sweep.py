@@ -20,7 +20,7 @@ from vis.engine.plain_yaml import override_words
 from vis.engine.processes import FolderInUse, FolderLock
 from vis.engine.sweep import Outcome, SweepChanged, local_start, run_sweep, table
 from vis.engine.sweep_file import read_sweep
-from vis.engine.sweep_jobs import Launcher, make_jobs
+from vis.engine.sweep_jobs import Launcher, differences, make_jobs, record_start
 from vis.engine.sweep_table import Row, as_csv, as_latex, as_markdown
 
 SWEEP = """
@@ -183,6 +183,23 @@ def test_a_wrong_key_of_the_configuration_is_found_before_anything_runs(
 def test_a_run_has_the_configuration_of_its_command(sweep_file: Callable[[str], Path]) -> None:
     for job in make_jobs(read_sweep(sweep_file(SWEEP))):
         assert job.cfg == load_cfg(str(job.setting.config), job.words)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("weights_from: base, eval_only", "weights_from: wide, eval_only", "uses wide/seed0 instead of base/seed0"),
+        ("sizes: [40]", "sizes: [40], iou: 0.7", "RUN.iou: (absent) -> 0.7"),
+    ],
+)
+def test_changes_of_what_a_run_uses(sweep_file: Callable[[str], Path], old: str, new: str, message: str) -> None:
+    """Other weights, and an option that was left out before."""
+    text = SWEEP + "  sized: {{weights_from: base, multi_scale: {{sizes: [40]}}}}\n"
+    for job in make_jobs(read_sweep(sweep_file(text))):
+        record_start(job)
+    assert not any(map(differences, make_jobs(read_sweep(sweep_file(text)))))
+    found = [differences(job) for job in make_jobs(read_sweep(sweep_file(text.replace(old, new)))) if job.seed == 0]
+    assert [message in "; ".join(changes) for changes in found if changes] == [True]
 
 
 def test_a_grid(sweep_file: Callable[[str], Path]) -> None:

@@ -247,13 +247,15 @@ def differences(job: Job) -> list[str]:
     changes = [
         change
         for change in config_changes(content["identity"], job.identity())
-        # A key that one of the two does not have came or went with the code.
-        if not change.startswith(harmless) and _ABSENT not in change
+        # A key of the configuration that one of the two does not have came or went with the code.
+        if not change.startswith(harmless) and (_ABSENT not in change or change.startswith("RUN."))
     ]
     stamps = _stamps(job)
     for name, stamp in content["sources"].items():
         if stamp is not None and name in stamps and stamps[name] != stamp:
             changes.append(f"{name}, which it uses, was run again since, or is gone")
+    if stamps and content["sources"] and stamps.keys() != content["sources"].keys():
+        changes.append(f"it uses {', '.join(stamps)} instead of {', '.join(content['sources'])}")
     return changes
 
 
