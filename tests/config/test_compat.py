@@ -262,7 +262,7 @@ def test_our_file_means_what_the_released_one_means(project_root: Path, released
     ):
         assert ours.MODEL[section] == theirs.MODEL[section], section
     # released files do not say how many GPUs they are for
-    assert {**ours.SOLVER, "REFERENCE_WORLD_SIZE": 0} == dict(theirs.SOLVER)
+    assert dict(theirs.SOLVER) == {**ours.SOLVER, "REFERENCE_WORLD_SIZE": 0}
     assert ours.DATASETS == theirs.DATASETS
     different = {key for key in ours.INPUT if ours.INPUT[key] != theirs.INPUT[key]}
     assert different <= {"SAMPLING_FRAME_RANGE"}  # without meaning where a clip has one frame

@@ -85,7 +85,8 @@ def test_the_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
         storage.put_scalar("lr", 1e-4, smoothing_hint=False)
         MetricPrinter(max_iter=1000, cuda=False).write()
     record = caplog.records[-1]
-    assert record.name == "detectron2.utils.events"
+    # detectron2's formatter shortens the name in the record, where an earlier test has set it up
+    assert record.name.replace("d2.", "detectron2.") == "detectron2.utils.events"
     pattern = (
         r" eta: 0:06:20  iter: 239  total_loss: 2\.5  loss_ce: 1\.25  time: 0\.5000  last_time: 0\.5000  "
         r"data_time: 0\.1250  last_data_time: 0\.1250  lr: 0\.0001  max_mem: \d+M"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.modeling import FPN, Backbone
@@ -61,6 +62,16 @@ class SplitFPN(FPN):
                     module.eval()
         return self
 
+    def _coarsest(self, x: Tensor) -> list[Tensor]:
+        """Levels above the backbone's last (N, C, h, w)."""
+        assert self.top_block is not None
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return list(self.top_block(x))
+        # On CPUs torch (2.14) leaves the weight's gradient of a bfloat16 convolution of a map one cell wide unwritten,
+        # and the last levels of a small picture are such. They cost next to nothing in float32.
+        with torch.autocast("cpu", enabled=False):
+            return list(self.top_block(x.float()))
+
     def top_down(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Maps (N, C_i, h_i, w_i) of the backbone, each half the size of the one before -> the pyramid by name."""
         coarse_first = [features[name] for name in reversed(self.in_features)]
@@ -71,7 +82,7 @@ class SplitFPN(FPN):
             carried = x if carried is None else x + F.interpolate(carried, size=x.shape[-2:], mode="nearest")
             levels.insert(0, output(carried))
         if self.top_block is not None:
-            levels.extend(self.top_block(levels[-1]))
+            levels.extend(self._coarsest(levels[-1]))
         return dict(zip(self._out_features, levels, strict=True))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
