@@ -29,6 +29,7 @@ from vis.data.problems import DatasetError, Problem
 MAPS = {
     "coco2ytvis2019": COCO_TO_YTVIS_2019,
     "coco2ytvis2021": COCO_TO_YTVIS_2021,
+    "coco2ytvis2022": COCO_TO_YTVIS_2021,
     "coco2ovis": COCO_TO_OVIS,
 }
 

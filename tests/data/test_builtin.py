@@ -192,7 +192,7 @@ def test_coco_images(coco: Path) -> None:
 
 
 def test_coco_with_classes_of_video_from_either_file(coco: Path, prepare: ModuleType) -> None:
-    before = {name: DatasetCatalog.get(name) for name in ("coco2ovis_train", "coco2ytvis2021_val")}
+    before = {name: DatasetCatalog.get(name) for name in ("coco2ovis_train", "coco2ytvis2022_val")}
     assert prepare.main([]) == 0
     written = json.loads((coco / "coco/annotations/coco2ovis_train.json").read_text())
     assert [annotation["id"] for annotation in written["annotations"]] == [1, 3, 4]
@@ -207,7 +207,7 @@ def test_coco_with_classes_of_video_from_either_file(coco: Path, prepare: Module
         (1, COCO_TO_OVIS[3], 0), (3, COCO_TO_OVIS[6], 0), (4, COCO_TO_OVIS[3], 1),
     ]  # fmt: skip
     assert isinstance(vehicles[2]["segmentations"][0]["counts"], str), "a crowd's RLE is kept"
-    assert [track["id"] for track in before["coco2ytvis2021_val"][0]["annotations"]] == [1, 4]
+    assert [track["id"] for track in before["coco2ytvis2022_val"][0]["annotations"]] == [1, 4]
     assert class_names_of(["coco2ovis_train", "ovis_train"]) == class_names_of(["ovis_val"])
 
 

@@ -119,6 +119,7 @@ def test_every_subset_by_its_classes_in_little_memory(
     assert peak < size / 3, f"{peak} bytes for a file of {size}"
     whole = json.loads((source / "instances_train2017.json").read_text())
     maps = {"coco2ytvis2019": COCO_TO_YTVIS_2019, "coco2ytvis2021": COCO_TO_YTVIS_2021, "coco2ovis": COCO_TO_OVIS}
+    maps["coco2ytvis2022"] = maps["coco2ytvis2021"]
     assert maps.keys() == prepare.MAPS.keys()
     for name, classes in maps.items():
         kept = [each for each in whole["annotations"] if each["category_id"] in classes]

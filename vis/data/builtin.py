@@ -125,6 +125,7 @@ def _coco() -> Iterator[VideoDataset]:
     targets = (
         ("coco2ytvis2019", YTVIS_2019, COCO_TO_YTVIS_2019),
         ("coco2ytvis2021", YTVIS_2021, COCO_TO_YTVIS_2021),
+        ("coco2ytvis2022", YTVIS_2021, COCO_TO_YTVIS_2021),  # the same classes
         ("coco2ovis", OVIS, COCO_TO_OVIS),
     )
     for split in ("train", "val"):
