@@ -85,6 +85,7 @@ def model(project_root: Path) -> IAI:
         "MODEL.DETECTOR.NORM_EVAL": True,
     }
     opts = [part for pair in changes.items() for part in pair]
+    torch.manual_seed(2)
     built = build_model(load_cfg(config, [*opts, *parity_options(load_cfg(config), None)]))
     assert isinstance(built, IAI)
     generator = torch.Generator().manual_seed(2)
